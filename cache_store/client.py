@@ -1,0 +1,227 @@
+"""One engine's connection to its node's store. Control only: bytes move through the arena.
+
+Every call raises a StoreError: StoreUnavailable when the store does not answer in time or does not know the session (it was restarted, or
+has ended the session); then a new `attach` is the way on. ArenaTooSmall, LayoutMismatch and StoreRefused mean what their names say.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import grpc
+
+from cache_store.errors import StoreUnavailable
+from cache_store.keys import BlockKey, Layout, join_keys, split_keys
+from cache_store.outcomes import ClaimOutcome as ClaimOutcome
+from cache_store.outcomes import CommitOutcome as CommitOutcome
+from cache_store.outcomes import ReserveOutcome as ReserveOutcome
+from cache_store.outcomes import StoreStat as StoreStat
+from cache_store.outcomes import WatchEvent as WatchEvent
+from cache_store.wire import CLAIM, COMMIT, ERROR_HEADER, ERRORS, MAX_MESSAGE_BYTES, RESERVE, SECRET_HEADER, TIER, layout_to_message
+from protos import cache_store_pb2 as pb
+from protos import cache_store_pb2_grpc
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),  # a new client tries at once, whatever others have seen
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 20000),
+    ("grpc.keepalive_timeout_ms", 5000),
+)
+_MAX_TTL_MS = (1 << 32) - 1
+_CLAIM_OUTCOMES = {number: outcome for outcome, number in CLAIM.items()}
+_RESERVE_OUTCOMES = {number: outcome for outcome, number in RESERVE.items()}
+_COMMIT_OUTCOMES = {number: outcome for outcome, number in COMMIT.items()}
+_TIERS = {int(number): name for name, number in TIER.items()}
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+
+
+class Attached(NamedTuple):
+    session_id: str
+    epoch: str
+    arena_path: str
+    arena_bytes: int  # of the whole file
+    data_offset: int  # slots begin here; before it lie the generation words
+    slot_bytes: int  # of one block
+
+
+class Found(NamedTuple):
+    num_blocks: int
+    tier_runs: list[tuple[str, int]]  # tiers "dram", "disk", "peer", in the order of the blocks
+
+
+class Slot(NamedTuple):
+    offset: int  # from data_offset
+    generation: int
+    checksums: bytes  # xxh3-64 of every part, little-endian
+
+
+class Acquired(NamedTuple):
+    lease_id: int  # 0 when no block was found
+    slots: list[Slot]  # of the leading keys
+    tier_runs: list[tuple[str, int]]
+
+
+class ReservedSlot(NamedTuple):
+    outcome: ReserveOutcome
+    offset: int  # 0 unless RESERVED
+    generation: int
+
+
+class Reserved(NamedTuple):
+    lease_id: int  # 0 when nothing was reserved
+    slots: list[ReservedSlot]  # one per key
+
+
+class StoreClient:
+    """Made and used on one loop. Closed by `close`; also an async context manager."""
+
+    def __init__(self, address: str, secret: str, *, timeout_s: float = 5.0) -> None:
+        """`address` is "unix:/path" or "host:port"; `timeout_s` bounds every call but `watch`."""
+        self.address = address
+        self._timeout_s = timeout_s
+        self._metadata = ((SECRET_HEADER, secret),)
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = cache_store_pb2_grpc.CacheStoreStub(self._channel)  # type: ignore[no-untyped-call]
+        self._session_id = ""
+        self._num_parts = 0
+
+    async def __aenter__(self) -> StoreClient:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.close()
+
+    async def attach(self, layout: Layout, processes: Sequence[tuple[int, int]], label: str) -> Attached:
+        """Opens a session in place of this client's earlier one. `processes`: (pid, start_ticks) of all that will touch the arena."""
+        self._session_id = ""
+        request = pb.AttachRequest(
+            layout=layout_to_message(layout),
+            processes=[pb.Process(pid=pid, start_ticks=start_ticks) for pid, start_ticks in processes],
+            label=label,
+        )
+        reply: pb.AttachResponse = await self._call(self._stub.Attach, request)
+        self._session_id, self._num_parts = reply.session_id, layout.num_parts
+        return Attached(reply.session_id, reply.epoch, reply.arena_path, reply.arena_bytes, reply.data_offset, reply.slot_bytes)
+
+    async def detach(self) -> None:
+        """Ends the session, if there is one."""
+        session_id, self._session_id = self._session_id, ""
+        if session_id:
+            await self._call(self._stub.Detach, pb.DetachRequest(session_id=session_id))
+
+    async def lookup(self, keys: Sequence[bytes]) -> Found:
+        """How many leading keys are stored. Pins nothing."""
+        reply: pb.LookupResponse = await self._call(self._stub.Lookup, pb.LookupRequest(session_id=self._session(), keys=join_keys(keys)))
+        return Found(reply.num_blocks, _runs(reply.tier_runs))
+
+    async def claim(self, keys: Sequence[bytes], ttl_s: float) -> list[ClaimOutcome]:
+        """States the intent to compute blocks; forgotten after `ttl_s`, or when they are stored."""
+        request = pb.ClaimRequest(session_id=self._session(), keys=join_keys(keys), ttl_ms=_milliseconds(ttl_s))
+        reply: pb.ClaimResponse = await self._call(self._stub.Claim, request)
+        return [_CLAIM_OUTCOMES[number] for number in reply.outcomes]
+
+    async def acquire(self, keys: Sequence[bytes], ttl_s: float) -> Acquired:
+        """Pins the leading keys that are stored, until `release` or for `ttl_s`."""
+        request = pb.AcquireRequest(session_id=self._session(), keys=join_keys(keys), ttl_ms=_milliseconds(ttl_s))
+        reply: pb.AcquireResponse = await self._call(self._stub.Acquire, request)
+        checksums = array("Q", reply.checksums).tobytes()
+        width = 8 * self._num_parts
+        slots = [
+            Slot(offset, generation, checksums[start : start + width])
+            for offset, generation, start in zip(reply.offsets, reply.generations, range(0, len(checksums), width), strict=True)
+        ]
+        return Acquired(reply.lease_id, slots, _runs(reply.tier_runs))
+
+    async def reserve(self, keys: Sequence[bytes], parents: Sequence[bytes], ttl_s: float, first: Sequence[bool] | None = None) -> Reserved:
+        """Slots to write blocks into, parents first. After `ttl_s` without `commit` or `release` the session's processes are killed.
+
+        `first` says per key whether its parent is a root. None: a parent that the store does not know is taken for one.
+        """
+        request = pb.ReserveRequest(
+            session_id=self._session(), keys=join_keys(keys), parents=join_keys(parents), ttl_ms=_milliseconds(ttl_s), first=first or ()
+        )
+        reply: pb.ReserveResponse = await self._call(self._stub.Reserve, request)
+        slots = zip(reply.outcomes, reply.offsets, reply.generations, strict=True)
+        return Reserved(
+            reply.lease_id, [ReservedSlot(_RESERVE_OUTCOMES[number], offset, generation) for number, offset, generation in slots]
+        )
+
+    async def commit(self, lease_id: int, blocks: Sequence[tuple[BlockKey, Sequence[int], bytes]]) -> list[CommitOutcome]:
+        """Per block its key, the indices of the parts that were written, and their checksums (xxh3-64, little-endian)."""
+        request = pb.CommitRequest(
+            session_id=self._session(),
+            lease_id=lease_id,
+            keys=join_keys([key for key, _, _ in blocks]),
+            num_parts=[len(parts) for _, parts, _ in blocks],
+            parts=[part for _, parts, _ in blocks for part in parts],
+            checksums=array("Q", b"".join(checksums for _, _, checksums in blocks)),
+        )
+        reply: pb.CommitResponse = await self._call(self._stub.Commit, request)
+        return [_COMMIT_OUTCOMES[number] for number in reply.outcomes]
+
+    async def release(self, lease_ids: Sequence[int]) -> int:
+        """Ends leases; returns how many were still held. Nobody of this session may write to their slots any more."""
+        request = pb.ReleaseRequest(session_id=self._session(), lease_ids=lease_ids)
+        reply: pb.ReleaseResponse = await self._call(self._stub.Release, request)
+        return reply.num_released
+
+    async def stat(self) -> StoreStat:
+        """Needs no session."""
+        reply: pb.StatResponse = await self._call(self._stub.Stat, pb.StatRequest())
+        return StoreStat(**{name: getattr(reply, name) for name in StoreStat._fields})
+
+    async def check(self) -> list[str]:
+        """The store's violated invariants, in words. Needs no session."""
+        reply: pb.CheckResponse = await self._call(self._stub.Check, pb.CheckRequest())
+        return list(reply.problems)
+
+    async def watch(self) -> AsyncIterator[WatchEvent]:
+        """A snapshot, then every change, until the store ends (StoreUnavailable) or the iterator is closed. Needs no session."""
+        stream = self._stub.Watch(pb.WatchRequest(), metadata=self._metadata)
+        try:
+            async for event in stream:
+                yield WatchEvent(event.sequence, event.epoch, _TIERS[event.tier], split_keys(event.added), split_keys(event.removed))
+        except grpc.aio.AioRpcError as error:
+            raise _translated(error, self.address) from error
+        finally:
+            stream.cancel()
+        raise StoreUnavailable(f"{self.address}: the store has ended the stream of events")
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def _session(self) -> str:
+        if not self._session_id:
+            raise StoreUnavailable(f"{self.address}: not attached")
+        return self._session_id
+
+    async def _call(self, method: Callable[..., Awaitable[Reply]], request: Request) -> Reply:
+        try:
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise _translated(error, self.address) from error
+        except grpc.aio.UsageError as error:
+            raise StoreUnavailable(f"{self.address}: the client is closed") from error
+
+
+def _translated(error: grpc.aio.AioRpcError, address: str) -> Exception:
+    name = next((str(value) for key, value in error.trailing_metadata() or () if key == ERROR_HEADER), "")
+    if name == "ValueError":
+        return ValueError(error.details())
+    return ERRORS.get(name, StoreUnavailable)(f"{address}: {error.code().name}: {error.details()}")
+
+
+def _milliseconds(ttl_s: float) -> int:
+    return min(max(1, round(1000 * ttl_s)), _MAX_TTL_MS)
+
+
+def _runs(pairs: Sequence[int]) -> list[tuple[str, int]]:
+    return [(_TIERS[tier], count) for tier, count in zip(pairs[::2], pairs[1::2], strict=True)]

@@ -1,0 +1,211 @@
+"""The gRPC face of the store. Messages in, one call to the state machine, messages out; everything on one loop, nothing waits."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import islice
+from typing import Any, TypeVar
+
+import grpc
+
+from cache_store.config import StoreConfig
+from cache_store.errors import StoreError
+from cache_store.keys import join_keys, split_keys
+from cache_store.outcomes import WatchEvent
+from cache_store.store import Store
+from cache_store.watch import EventFeed, pieces
+from cache_store.wire import CLAIM, COMMIT, ERROR_HEADER, RESERVE, SECRET_HEADER, STATUS, TIER, layout_from_message
+from protos import cache_store_pb2 as pb
+from protos import cache_store_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def _answers(
+    method: Callable[[StoreService, Request], Reply],
+) -> Callable[[StoreService, Request, Context], Awaitable[Reply]]:
+    """Turns a plain method into an rpc: errors become statuses, and deadlines that the call has opened are watched."""
+
+    async def rpc(self: StoreService, request: Request, context: Context) -> Reply:
+        try:
+            return method(self, request)
+        except (StoreError, ValueError) as error:
+            code = STATUS.get(type(error), grpc.StatusCode.INVALID_ARGUMENT)
+            await context.abort(code, str(error), ((ERROR_HEADER, type(error).__name__),))
+        finally:
+            self.arm()
+
+    return rpc
+
+
+class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
+    """Borrows the store. Calls `advance` when a deadline comes; without one it sleeps."""
+
+    def __init__(self, config: StoreConfig, store: Store, feed: EventFeed, loop: asyncio.AbstractEventLoop) -> None:
+        self._config, self._store, self._feed, self._loop = config, store, feed, loop
+        self._timer: asyncio.TimerHandle | None = None
+
+    def arm(self) -> None:
+        """Sets the timer to the store's next deadline, unless it will go off before that anyhow."""
+        next_s = self._store.next_s()
+        if self._timer and (next_s is None or self._timer.when() > next_s):
+            self._timer.cancel()
+            self._timer = None
+        if next_s is not None and self._timer is None:
+            self._timer = self._loop.call_at(next_s, self._advance)
+
+    def close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+    def _advance(self) -> None:
+        self._timer = None
+        try:
+            self._store.advance()
+        finally:
+            self.arm()
+
+    def _keys(self, column: bytes) -> list[Any]:
+        keys = split_keys(column)
+        if len(keys) > self._config.max_keys:
+            raise ValueError(f"keys: {len(keys)} are more than the {self._config.max_keys} that one call may name")
+        return keys
+
+    @_answers
+    def Attach(self, request: pb.AttachRequest) -> pb.AttachResponse:  # noqa: N802
+        processes = [(process.pid, process.start_ticks) for process in request.processes]
+        session = self._store.attach(layout_from_message(request.layout), processes, request.label)
+        arena = self._store.tier.arena
+        return pb.AttachResponse(
+            session_id=session.session_id,
+            epoch=self._store.epoch,
+            arena_path=str(arena.path),
+            arena_bytes=arena.total_bytes,
+            data_offset=arena.data_offset,
+            slot_bytes=session.layout.block_bytes,
+        )
+
+    @_answers
+    def Detach(self, request: pb.DetachRequest) -> pb.DetachResponse:  # noqa: N802
+        self._store.detach(request.session_id)
+        return pb.DetachResponse()
+
+    @_answers
+    def Lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:  # noqa: N802
+        num_blocks = self._store.lookup(request.session_id, self._keys(request.keys))
+        return pb.LookupResponse(num_blocks=num_blocks, tier_runs=self._runs(num_blocks))
+
+    @_answers
+    def Claim(self, request: pb.ClaimRequest) -> pb.ClaimResponse:  # noqa: N802
+        outcomes = self._store.claim(request.session_id, self._keys(request.keys), request.ttl_ms / 1000)
+        return pb.ClaimResponse(outcomes=[CLAIM[outcome] for outcome in outcomes])
+
+    @_answers
+    def Acquire(self, request: pb.AcquireRequest) -> pb.AcquireResponse:  # noqa: N802
+        lease_id, blocks = self._store.acquire(request.session_id, self._keys(request.keys), request.ttl_ms / 1000)
+        slots = [block.slot for block in blocks if block.slot]
+        checksums = array("Q")
+        for block in blocks:
+            checksums.extend(block.checksums)
+        return pb.AcquireResponse(
+            lease_id=lease_id,
+            offsets=[slot.offset for slot in slots],
+            generations=[slot.generation for slot in slots],
+            checksums=checksums,
+            tier_runs=self._runs(len(blocks)),
+        )
+
+    @_answers
+    def Reserve(self, request: pb.ReserveRequest) -> pb.ReserveResponse:  # noqa: N802
+        keys, parents = self._keys(request.keys), self._keys(request.parents)
+        first = request.first or None
+        if len(parents) != len(keys) or (first and len(first) != len(keys)):
+            raise ValueError(f"parents, first: must have the length of keys, {len(keys)}")
+        placed = self._store.reserve(request.session_id, keys, parents, request.ttl_ms / 1000, first)
+        slots = [block.slot if block else None for block in placed.blocks]
+        return pb.ReserveResponse(
+            lease_id=placed.lease_id,
+            outcomes=[RESERVE[outcome] for outcome in placed.outcomes],
+            offsets=[slot.offset if slot else 0 for slot in slots],
+            generations=[slot.generation if slot else 0 for slot in slots],
+        )
+
+    @_answers
+    def Commit(self, request: pb.CommitRequest) -> pb.CommitResponse:  # noqa: N802
+        keys, counts = self._keys(request.keys), request.num_parts
+        if len(counts) != len(keys) or not sum(counts) == len(request.parts) == len(request.checksums):
+            raise ValueError("num_parts, parts, checksums: do not describe the keys")
+        parts, checksums = iter(request.parts), iter(request.checksums)
+        blocks = [(key, list(islice(parts, n)), list(islice(checksums, n))) for key, n in zip(keys, counts, strict=True)]
+        outcomes = self._store.commit(request.session_id, request.lease_id, blocks)
+        return pb.CommitResponse(outcomes=[COMMIT[outcome] for outcome in outcomes])
+
+    @_answers
+    def Release(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:  # noqa: N802
+        return pb.ReleaseResponse(num_released=self._store.release(request.session_id, request.lease_ids))
+
+    @_answers
+    def Stat(self, request: pb.StatRequest) -> pb.StatResponse:  # noqa: N802
+        return pb.StatResponse(**self._store.stat()._asdict())
+
+    @_answers
+    def Check(self, request: pb.CheckRequest) -> pb.CheckResponse:  # noqa: N802
+        return pb.CheckResponse(problems=self._store.check())
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchEvent]:  # noqa: N802
+        try:
+            queue = self._feed.subscribe()
+        except StoreError as error:
+            await context.abort(STATUS[type(error)], str(error), ((ERROR_HEADER, type(error).__name__),))
+        try:
+            for event in pieces(self._store.snapshot()):
+                yield _event_message(event)
+            while True:
+                yield _event_message(await queue.get())
+        finally:
+            self._feed.unsubscribe(queue)
+
+    def _runs(self, num_blocks: int) -> list[int]:
+        return [TIER[self._store.tier.name], num_blocks] if num_blocks else []
+
+
+def _event_message(event: WatchEvent) -> pb.WatchEvent:
+    return pb.WatchEvent(
+        sequence=event.sequence,
+        epoch=event.epoch,
+        tier=TIER[event.tier],
+        added=join_keys(event.added),
+        removed=join_keys(event.removed),
+    )
+
+
+class SecretInterceptor(grpc.aio.ServerInterceptor):
+    """Lets calls pass that carry the cluster's secret."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret.encode()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        if hmac.compare_digest(str(metadata.get(SECRET_HEADER, "")).encode(), self._secret):
+            return await continuation(handler_call_details)
+
+        async def refuse(request: object, context: Context) -> None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{SECRET_HEADER} is missing or wrong", ((ERROR_HEADER, "StoreRefused"),))
+
+        handler = await continuation(handler_call_details)
+        if handler is not None and handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(refuse)
+        return grpc.unary_unary_rpc_method_handler(refuse)

@@ -1,0 +1,1 @@
+"""What each subcommand of `mobula` does; `runtime.cli` only parses and dispatches."""

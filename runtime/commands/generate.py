@@ -1,0 +1,108 @@
+"""`mobula generate`: one request, against an address or offline through Ray, streamed as text or printed as one JSON line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from protos import inference_pb2 as pb
+from runtime.client import Completion, InferenceClient, collect
+from runtime.commands.progress import LoadProgress
+from runtime.config import ServeSettings
+from runtime.controller.deployment import deployed
+from runtime.errors import BadRequest
+from runtime.frontdoor.config import FrontDoorConfig
+from runtime.frontdoor.offline import OfflineDoor
+from workers.models.config import load_model_config
+
+READY_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Exactly one of the three is given."""
+
+    text: str | None = None
+    token_ids: str | None = None  # "1,2,3"
+    messages: Path | None = None  # a JSON list of {"role", "content"}
+
+    def put_into(self, request: pb.GenerateRequest) -> None:
+        """BadRequest names the option that cannot be read."""
+        if sum(part is not None for part in (self.text, self.token_ids, self.messages)) != 1:
+            raise BadRequest("give exactly one of --prompt, --token-ids and --messages")
+        if self.text is not None:
+            request.text = self.text
+        elif self.token_ids is not None:
+            try:
+                request.token_ids.ids.extend(int(part) for part in self.token_ids.split(",") if part.strip())
+            except ValueError as error:
+                raise BadRequest(f"--token-ids: {error}") from error
+        elif self.messages is not None:
+            try:
+                rows = json.loads(self.messages.read_text(encoding="utf-8"))
+                request.messages.messages.extend(pb.ChatMessage(role=row["role"], content=row["content"]) for row in rows)
+            except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+                raise BadRequest(f"--messages {self.messages}: {type(error).__name__}: {error}") from error
+
+
+def generate_remote(address: str, request: pb.GenerateRequest, *, as_json: bool) -> None:
+    with InferenceClient(address) as client:
+        _print(client.stream(request), as_json=as_json)
+
+
+def generate_offline(settings: ServeSettings, request: pb.GenerateRequest, *, as_json: bool, console: Console) -> None:
+    """Starts a deployment without a front door, runs the request on it and removes it."""
+    load_model_config(settings.model)
+    with deployed(settings, front_doors=False) as deployment:
+        with LoadProgress(console) as progress:
+            deployment.wait_ready(READY_TIMEOUT_S, progress.show)
+        config = FrontDoorConfig(
+            model=settings.model, model_name=settings.model_name, policy=settings.policy, secret=deployment.spec.secret
+        )
+        with _offline_events(OfflineDoor(config, deployment.membership()), request) as events:
+            _print(events, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _offline_events(door: OfflineDoor, request: pb.GenerateRequest) -> Iterator[Iterator[pb.GenerateEvent]]:
+    """The door's stream, read step by step from synchronous code on a loop of its own."""
+    with asyncio.Runner() as runner:
+        runner.run(door.__aenter__())
+        stream = door.generate(request)
+
+        async def following() -> pb.GenerateEvent | None:
+            return await anext(stream, None)
+
+        def pull() -> Iterator[pb.GenerateEvent]:
+            while (event := runner.run(following())) is not None:
+                yield event
+
+        try:
+            yield pull()
+        finally:
+            runner.run(stream.aclose())
+            runner.run(door.__aexit__())
+
+
+def _print(events: Iterator[pb.GenerateEvent], *, as_json: bool) -> None:
+    completion: Completion = collect(events if as_json else _echo(events))
+    print(completion.to_json() if as_json else "", flush=True)
+
+
+def _echo(events: Iterator[pb.GenerateEvent]) -> Iterator[pb.GenerateEvent]:
+    """Writes text as it comes; ids where the model has no tokenizer."""
+    wrote_text = False
+    for event in events:
+        if event.WhichOneof("event") == "tokens":
+            wrote_text = wrote_text or bool(event.tokens.text)
+            ids = "" if wrote_text else " ".join(str(token_id) for token_id in event.tokens.token_ids) + " "
+            sys.stdout.write(event.tokens.text or ids)
+            sys.stdout.flush()
+        yield event

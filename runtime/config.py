@@ -1,0 +1,130 @@
+"""Settings of a deployment: parsed once from file, environment and flags, then passed down unchanged.
+
+Precedence: `--config FILE.toml` < `MOBULA_<NAME>` < flags. Sizes take KiB, MiB or GiB.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from runtime.errors import DeploymentError
+from workers.config import WorkerConfig
+
+DEFAULT_DEPLOYMENT = "mobula"
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from '512MiB', '1.5 GiB' or a plain count. ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].lower() not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write for instance 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """Everything `mobula serve` can be told. A size is in bytes."""
+
+    model: str = ""
+    served_model_name: str = ""  # empty: the folder's name
+    replicas: int = 1
+    tensor_parallel_size: int = 1
+    policy: str = "prefix_affinity"
+    kv_memory: int = 1 << 30  # per rank
+    store_memory: int = 1 << 30  # per node; 0: no store
+    host: str = "127.0.0.1"
+    port: int = 50051  # 0 picks one
+    dtype: str = "auto"
+    load_format: str = "auto"  # "auto" and "safetensors" read the checkpoint; "dummy" makes weights up
+    seed: int = 0  # of dummy weights
+    device: str = "auto"
+    attention_backend: str = "auto"
+    block_size: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_queued_requests: int = 4096
+    max_queued_tokens: int = 4_000_000
+    max_message_size: int = 16 << 20
+    deployment: str = DEFAULT_DEPLOYMENT  # several may share a Ray cluster
+
+    def __post_init__(self) -> None:
+        for name, low in (("replicas", 1), ("tensor_parallel_size", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("port", 0)):
+            if getattr(self, name) < low:
+                raise DeploymentError(f"{flag_of(name)} must be at least {low}, not {getattr(self, name)}")
+        if self.load_format not in ("auto", "safetensors", "dummy"):
+            raise DeploymentError(f"--load-format must be auto, safetensors or dummy, not {self.load_format!r}")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", self.deployment):
+            raise DeploymentError(f"--deployment must be lower-case letters, digits and dashes, not {self.deployment!r}")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or Path(self.model).resolve().name
+
+    def worker_config(self) -> WorkerConfig:
+        return WorkerConfig(
+            model=self.model,
+            tensor_parallel_size=self.tensor_parallel_size,
+            dtype=self.dtype,
+            load_format="dummy" if self.load_format == "dummy" else "safetensors",
+            seed=self.seed,
+            device=self.device,
+            attention_backend=self.attention_backend,
+            block_size=self.block_size,
+            kv_memory_bytes=self.kv_memory,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+
+
+_SIZES = {"kv_memory", "store_memory", "max_message_size"}
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parser(name: str, hint: Any) -> Callable[[Any], Any]:
+    if name in _SIZES:
+        return parse_size
+    if hint is int or hint == (int | None):
+        return int
+    return str
+
+
+def resolve_settings(flags: Mapping[str, object], config_file: Path | None, environment: Mapping[str, str]) -> ServeSettings:
+    """Merges the three sources; a flag that is None was not given. DeploymentError names the source of a bad value."""
+    hints = get_type_hints(ServeSettings)
+    parsers = {field.name: _parser(field.name, hints[field.name]) for field in fields(ServeSettings)}
+    values: dict[str, Any] = {}
+
+    def take(name: str, value: object, source: str) -> None:
+        if name not in parsers:
+            raise DeploymentError(f"{source}: there is no setting of that name; see mobula serve --help")
+        try:
+            values[name] = parsers[name](value)
+        except (TypeError, ValueError) as error:
+            raise DeploymentError(f"{source}: {error}") from error
+
+    if config_file is not None:
+        try:
+            table = tomllib.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise DeploymentError(f"--config {config_file}: {error}") from error
+        for key, value in table.items():
+            take(key.replace("-", "_"), value, f"{config_file}: {key}")
+    for name in parsers:
+        variable = f"MOBULA_{name.upper()}"
+        if variable in environment:
+            take(name, environment[variable], variable)
+    for name, value in flags.items():
+        if value is not None:
+            take(name, value, flag_of(name))
+    return ServeSettings(**values)

@@ -1,0 +1,67 @@
+"""The settings of one engine. Frozen: what is learned at run time (pages, root, epoch) is state, not config."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+
+
+def new_incarnation() -> str:
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes are in tokens, blocks or requests as named. ValueError for settings that could never serve a request."""
+
+    replica_id: str = "replica"
+    incarnation: str = field(default_factory=new_incarnation)  # new for every start of an engine
+
+    # Steps
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    pipeline_depth: int = 2  # steps launched before the result of the first is needed
+    prefix_caching: bool = True  # False: every prompt token is computed
+
+    # Bounds of the queue; a request that would pass them is refused with Overloaded
+    max_queued_requests: int = 4096
+    max_queued_tokens: int = 4_000_000
+    retry_after_ms: int = 500
+
+    # The root of block keys
+    numerics: str = "fast"
+    weight_quantisation: str = ""
+
+    # Loads from the store
+    load_timeout_s: float = 2.0  # a request waits no longer than this for the store, then it computes
+    lookup_ahead: int = 64  # waiting requests whose prefix is looked up; fewer than the port's bound on open questions
+    max_loading_requests: int = 8
+    max_loading_blocks: int = 512
+
+    # Offers to the store
+    max_saving_blocks: int = 64  # pages pinned by copies to the store
+    offer_batch_blocks: int = 32
+    max_offer_attempts: int = 4
+    offer_retry_s: float = 0.25
+
+    # Leases and copies. A copy must end long before the store may take the slot back.
+    lease_ttl_s: float = 60.0
+    copy_timeout_s: float = 15.0
+
+    # Waits of the loop
+    idle_poll_s: float = 1.0
+    stop_timeout_s: float = 5.0  # for copies in flight when the engine stops
+
+    def __post_init__(self) -> None:
+        if self.pipeline_depth not in (1, 2):
+            raise ValueError(f"pipeline_depth must be 1 or 2, not {self.pipeline_depth}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens", "max_loading_requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.copy_timeout_s * 2 > self.lease_ttl_s:
+            raise ValueError(f"lease_ttl_s ({self.lease_ttl_s}) must be at least twice copy_timeout_s ({self.copy_timeout_s})")
+
+    @property
+    def max_rows(self) -> int:
+        """Every row may need a token of every step, so no more rows than the token budget."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)

@@ -1,0 +1,305 @@
+"""Blocks from the store into pages, for requests that wait for admission.
+
+One wait per request, one job per read:
+
+    QUEUED --near the head of the queue--> LOOKING --store has more than the pages--> FOUND --rows and pages to spare--> ACQUIRING
+                                              |nothing found                            ^                                   |slots pinned
+                                              v                                         +-----more to read----- LOADING <---+
+                                           (over)  <---- all there, a failure, or the deadline, from every phase ----+
+
+When a wait is over the request is admissible, with whatever prefix the pages hold by then: a store that fails is a miss. A job outlives
+its request: its pages and its lease return only when every copy is answered. No two jobs read the same block; whoever needs a block that
+is being read, or computed by a running row, stays in FOUND until it is there.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cache_store.keys import BlockKey
+from runtime.engine.block_manager import BlockManager, Published
+from runtime.engine.config import EngineConfig
+from runtime.engine.leases import Leases
+from runtime.engine.live import LiveRequest, LoadGate
+from runtime.engine.scheduler import Scheduler
+from runtime.engine.store_port import Acquire, Lookup, StoreAnswer, StorePort, StoreState
+from workers.step import BlockCopy, CopyResult
+
+if TYPE_CHECKING:
+    from cache_store.client import Acquired, Found
+
+
+class LoadPhase(enum.Enum):
+    QUEUED = "queued"
+    LOOKING = "looking"
+    FOUND = "found"
+    ACQUIRING = "acquiring"
+    LOADING = "loading"
+
+
+@dataclass(slots=True, eq=False)
+class _Wait:
+    request: LiveRequest
+    begun_s: float = math.inf  # of the current stretch of waiting; inf while it waits for its turn, rows or pages instead of the store
+    deadline_s: float = math.inf
+    phase: LoadPhase = LoadPhase.QUEUED
+    num_found: int = 0  # leading blocks that pages and store hold together
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    wait: _Wait | None  # None: the request went on without it
+    first: int  # depth of the first block
+    keys: list[BlockKey]
+    parents: list[BlockKey]
+    lease_id: int = 0
+    pages: list[int | None] = field(default_factory=list)  # None: in some page already
+    tiers: list[str] = field(default_factory=list)
+    good: list[bool] = field(default_factory=list)
+    num_open: int = 0  # copies without an answer
+
+
+class KvLoads:
+    """Owned by the engine's thread, which passes on arrivals, answers and copy results."""
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager, port: StorePort, copy_ids: Iterator[int]) -> None:
+        self.leases = Leases(port)
+        self.num_failed = 0  # copies that did not deliver
+        self._config, self._blocks, self._port, self._copy_ids = config, blocks, port, copy_ids
+        self._waits: dict[LiveRequest, _Wait] = {}
+        self._lookups: dict[int, _Wait] = {}
+        self._acquires: dict[int, _Job] = {}
+        self._copies: list[BlockCopy] = []  # for the next plan
+        self._open: dict[int, tuple[_Job, int]] = {}  # copy -> its job and position in it
+        self._loading: set[BlockKey] = set()
+        self._next_expiry_s = math.inf
+
+    @property
+    def next_deadline_s(self) -> float:
+        return self._next_expiry_s if self._waits else math.inf
+
+    @property
+    def num_open_copies(self) -> int:
+        return len(self._open)
+
+    def arrived(self, request: LiveRequest) -> None:
+        """The prefix is to be looked up, unless the replica's own pages hold all of it."""
+        if self._port.state is not StoreState.READY or not self._config.prefix_caching:
+            return
+        keys = self._reusable_keys(request)
+        if self._blocks.match(keys) < len(keys):
+            self._waits[request] = _Wait(request)
+            request.load_gate = LoadGate.WAIT
+
+    def ended(self, request: LiveRequest) -> None:
+        """The request is gone. Its job, if any, goes on until its copies are answered."""
+        wait = self._waits.get(request)
+        if wait:
+            self._over(wait, request.arrived_s)
+
+    def advance(self, scheduler: Scheduler, now_s: float) -> None:
+        """Does what can be done now: lookups, reads for those who could be admitted next, releases, deadlines."""
+        self.leases.flush()
+        if not self._waits:
+            return
+        if now_s >= self._next_expiry_s:
+            self._expire(now_s)
+        window = min(self._config.max_loading_requests, max(1, scheduler.num_open_rows))
+        for place, request in enumerate(list(itertools.islice(scheduler.waiting, self._config.lookup_ahead))):
+            wait = self._waits.get(request)
+            if wait and wait.phase is LoadPhase.QUEUED:
+                self._look(wait, now_s)
+            elif wait and wait.phase is LoadPhase.FOUND and place < window:
+                self._read(wait, scheduler, now_s)
+
+    def answered(self, answer: StoreAnswer, now_s: float) -> bool:
+        """Takes the store's answer to a question that was asked here."""
+        if self.leases.answered(answer.ticket):
+            return True
+        wait = self._lookups.pop(answer.ticket, None)
+        if wait:
+            self._looked(wait, answer.reply, now_s)  # type: ignore[arg-type]  # the reply to Lookup
+            return True
+        job = self._acquires.pop(answer.ticket, None)
+        if job:
+            self._acquired(job, answer.reply, now_s)  # type: ignore[arg-type]  # the reply to Acquire
+            return True
+        return False
+
+    def take_copies(self) -> list[BlockCopy]:
+        copies, self._copies = self._copies, []
+        return copies
+
+    def copied(self, result: CopyResult, now_s: float) -> bool:
+        """Takes the result of a copy that was asked for here."""
+        opened = self._open.pop(result.copy_id, None)
+        if opened is None:
+            return False
+        job, position = opened
+        job.good[position] = result.ok
+        self.num_failed += not result.ok
+        job.num_open -= 1
+        if not job.num_open:
+            self._finish(job, now_s)
+        return True
+
+    def lost(self, now_s: float) -> None:
+        """The store is gone: no request waits for it. Copies already sent are answered by the ranks all the same."""
+        for wait in list(self._waits.values()):
+            self._over(wait, now_s)
+        unsent, self._copies = self._copies, []
+        self.leases.lost()
+        for copy in unsent:
+            self.copied(CopyResult(copy.copy_id, False, b"", "store lost"), now_s)
+
+    def _reusable_keys(self, request: LiveRequest) -> list[BlockKey]:
+        size = self._blocks.block_size
+        return request.extend_keys(size)[: request.num_reusable_blocks(size)]
+
+    def _look(self, wait: _Wait, now_s: float) -> None:
+        keys = self._reusable_keys(wait.request)
+        num_hits = self._blocks.match(keys)
+        ticket = self._port.ask(Lookup(keys[num_hits:])) if num_hits < len(keys) else None
+        if ticket is None:
+            self._over(wait, now_s)
+            return
+        wait.num_found = num_hits
+        wait.phase = LoadPhase.LOOKING
+        self._lookups[ticket] = wait
+        self._start_clock(wait, now_s)
+
+    def _start_clock(self, wait: _Wait, now_s: float) -> None:
+        wait.begun_s, wait.deadline_s = now_s, now_s + self._config.load_timeout_s
+        self._next_expiry_s = min(self._next_expiry_s, wait.deadline_s)
+
+    def _looked(self, wait: _Wait, found: Found | None, now_s: float) -> None:
+        if self._waits.get(wait.request) is not wait:
+            return
+        if found is None or not found.num_blocks:
+            self._over(wait, now_s)
+            return
+        wait.num_found += found.num_blocks
+        wait.phase = LoadPhase.FOUND
+        wait.request.store_wait_s += now_s - wait.begun_s
+        wait.begun_s = wait.deadline_s = math.inf
+
+    def _read(self, wait: _Wait, scheduler: Scheduler, now_s: float) -> None:
+        """Acquires what a request still lacks, if it could be admitted with it and nobody else is fetching it."""
+        blocks, request = self._blocks, wait.request
+        keys = request.keys[: wait.num_found]
+        num_hits = blocks.match(keys)
+        if num_hits >= len(keys):
+            self._over(wait, now_s)
+            return
+        held = request.held_pages
+        needed = -(-len(request.tokens) // blocks.block_size) - num_hits + len(scheduler.running)
+        while blocks.num_available - blocks.num_idle(keys[len(held) : num_hits]) < needed:
+            if not scheduler.drop_held_pages(behind=request):
+                request.load_gate = LoadGate.NO_ROOM
+                return
+        request.load_gate = LoadGate.WAIT
+        if wait.begun_s == math.inf:
+            self._start_clock(wait, now_s)
+        count = min(len(keys) - num_hits, self._config.max_loading_blocks - len(self._loading))
+        if keys[num_hits] in self._loading or blocks.is_announced(keys[num_hits]) or count < 1:
+            return
+        wanted = list(itertools.takewhile(lambda key: key not in self._loading, keys[num_hits : num_hits + count]))
+        ticket = self._port.ask(Acquire(wanted, self._config.lease_ttl_s))
+        if ticket is None:
+            self._over(wait, now_s)
+            return
+        held.extend(blocks.pin_published(keys[len(held) : num_hits]))
+        parents = [keys[num_hits - 1] if num_hits else request.root, *wanted[:-1]]
+        self._acquires[ticket] = _Job(wait, num_hits, wanted, parents)
+        self._loading.update(wanted)
+        wait.phase = LoadPhase.ACQUIRING
+
+    def _acquired(self, job: _Job, acquired: Acquired | None, now_s: float) -> None:
+        """Slots are pinned: pages for them, and copies for the next plan."""
+        blocks = self._blocks
+        if acquired is not None and acquired.lease_id:
+            job.lease_id = acquired.lease_id
+            self.leases.add(acquired.lease_id, len(acquired.slots))
+        if acquired is None or job.wait is None:
+            self._finish(job, now_s)
+            return
+        job.tiers = [tier for tier, count in acquired.tier_runs for _ in range(count)]
+        for slot, key in zip(acquired.slots, job.keys, strict=False):
+            if blocks.page_of(key) is not None:
+                job.pages.append(None)
+                job.good.append(True)
+                continue
+            if not blocks.num_available:
+                break
+            (page,) = blocks.allocate(1)
+            copy_id = next(self._copy_ids)
+            self._copies.append(BlockCopy(copy_id, page, slot.offset, slot.generation, now_s + self._config.copy_timeout_s, slot.checksums))
+            self._open[copy_id] = (job, len(job.pages))
+            job.pages.append(page)
+            job.good.append(False)
+        job.num_open = sum(page is not None for page in job.pages)
+        job.wait.phase = LoadPhase.LOADING
+        if not job.num_open:
+            self._finish(job, now_s)
+
+    def _finish(self, job: _Job, now_s: float) -> None:
+        """Every copy is answered: the good leading blocks are published, the lease ends, the request goes on."""
+        blocks = self._blocks
+        num_good = next((i for i, good in enumerate(job.good) if not good), len(job.good))
+        loaded = list(zip(job.keys, job.parents, job.pages, strict=False))
+        for position, (key, parent, page) in enumerate(loaded[:num_good]):
+            if page is not None:
+                blocks.publish(page, Published(key, parent, job.first + position), from_store=True)
+        if job.wait:
+            self._hand_over(job, job.wait, num_good, now_s)
+        blocks.unpin([page for page in job.pages if page is not None])
+        self._loading.difference_update(job.keys)
+        if job.lease_id:
+            self.leases.release(job.lease_id)
+            self.leases.flush()
+
+    def _hand_over(self, job: _Job, wait: _Wait, num_good: int, now_s: float) -> None:
+        request = wait.request
+        for position in range(num_good):
+            if job.pages[position] is not None:
+                request.load_tiers[job.first + position] = job.tiers[position]
+        if len(request.held_pages) == job.first:
+            keys = job.keys[:num_good]
+            request.held_pages.extend(self._blocks.pin_published(keys[: self._blocks.match(keys)]))
+        if num_good == len(job.keys):
+            wait.phase = LoadPhase.FOUND  # perhaps there is more
+        else:
+            self._over(wait, now_s)
+
+    def _over(self, wait: _Wait, now_s: float) -> None:
+        """The request waits for the store no longer."""
+        del self._waits[wait.request]
+        wait.request.load_gate = LoadGate.OPEN
+        if wait.begun_s < now_s:
+            wait.request.store_wait_s += now_s - wait.begun_s
+        for job in self._jobs():
+            if job.wait is wait:
+                job.wait = None
+
+    def _jobs(self) -> list[_Job]:
+        return [*self._acquires.values(), *(job for job, _ in self._open.values())]
+
+    def _expire(self, now_s: float) -> None:
+        for wait in [wait for wait in self._waits.values() if wait.deadline_s <= now_s]:
+            self._over(wait, now_s)
+        self._next_expiry_s = min((wait.deadline_s for wait in self._waits.values()), default=math.inf)
+
+    def check(self) -> list[str]:
+        """Every violated invariant, in words; empty when all is well."""
+        problems = []
+        if not self._acquires and not self._open and (self._loading or self._copies):
+            problems.append(f"{len(self._loading)} blocks are marked as being read, {len(self._copies)} copies wait, but there is no job")
+        problems += [
+            f"a request waits in {wait.phase} with an open gate" for wait in self._waits.values() if wait.request.load_gate is LoadGate.OPEN
+        ]
+        return problems

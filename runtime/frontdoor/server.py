@@ -1,0 +1,113 @@
+"""One front door: a gRPC server and the parts behind it. Started, told the membership, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cache_store.client import StoreClient
+from protos import inference_pb2_grpc as rpc
+from runtime.errors import DeploymentError
+from runtime.frontdoor.config import FrontDoorConfig
+from runtime.frontdoor.interceptors import ErrorInterceptor
+from runtime.frontdoor.live import LiveRequests
+from runtime.frontdoor.pipeline import Pipeline
+from runtime.frontdoor.service import SERVICE, InferenceService
+from runtime.frontdoor.status import StatusReporter, StoreStatus
+from runtime.frontdoor.validate import Validator
+from runtime.metrics import FrontDoorMetrics
+from runtime.routing.engine_channel import ChannelSettings
+from runtime.routing.policies import make_policy
+from runtime.routing.router import Router
+from runtime.routing.types import Membership, PolicySettings
+from runtime.text.model_card import load_served_model
+
+__all__ = ["FrontDoor", "FrontDoorConfig"]
+
+_TOKENIZER_THREADS = 2
+_HEALTH_PERIOD_S = 1.0  # how soon a replica's silence is seen; its coming and going is seen at once
+
+
+class FrontDoor:
+    """For one event loop: `start`, `set_membership` any number of times, `stop`."""
+
+    def __init__(self, config: FrontDoorConfig) -> None:
+        """Reads the model's folder: CheckpointError. DeploymentError for an unknown policy."""
+        self.metrics = FrontDoorMetrics()
+        self._config = config
+        model = load_served_model(config.model, config.model_name, config.max_model_len)
+        self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._changed = asyncio.Event()
+        policy = make_policy(config.policy, PolicySettings(config.affinity_limit_tokens))
+        channels = ChannelSettings(secret=config.secret, silence_limit_s=config.silence_limit_s)
+        self.router = Router(policy, channels, self._changed.set)
+        self._status = StatusReporter(self.router, self._connect_store, config.status_timeout_s)
+        self._live = LiveRequests(config.max_live_requests)
+        validator = Validator(model, self._executor, self.router.max_model_len)
+        pipeline = Pipeline(self.router, model.tokenizer, self.metrics)
+        self._service = InferenceService(model, validator, pipeline, self._status, self._live, self.metrics)
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._health_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Listens, and returns "host:port". DeploymentError when the address is taken."""
+        limits = self._config.max_message_bytes
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", limits),
+            ("grpc.max_send_message_length", limits),
+            ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
+        ]
+        server = grpc.aio.server(interceptors=[ErrorInterceptor(SERVICE)], options=options)
+        rpc.add_InferenceServicer_to_server(self._service, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        try:
+            port = server.add_insecure_port(f"{host}:{self._config.port}")
+        except RuntimeError as error:
+            raise DeploymentError(f"cannot listen on {host}:{self._config.port}: {error}; choose another --port or --host") from error
+        await self._report_health()
+        await server.start()
+        self._server = server
+        self._health_task = asyncio.create_task(self._watch_health(), name="front-door-health")
+        return f"{host}:{port}"
+
+    async def set_membership(self, membership: Membership) -> None:
+        await self.router.set_membership(membership)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new requests, lets running ones finish for up to `grace_s`, then ends them and everything else."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._health_task
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        await self.router.close()
+        await self._status.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _connect_store(self, address: str) -> StoreStatus:
+        return StoreClient(address, self._config.secret, timeout_s=self._config.status_timeout_s)
+
+    async def _report_health(self) -> None:
+        serving = self.router.is_serving(self._config.healthy_for_s, self._config.healthy_step_s)
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def _watch_health(self) -> None:
+        while True:
+            self._changed.clear()
+            await self._report_health()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_HEALTH_PERIOD_S):
+                    await self._changed.wait()

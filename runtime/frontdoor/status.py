@@ -1,0 +1,86 @@
+"""GetStatus: what every replica and store behind this front door says of itself, or why it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from cache_store.client import StoreStat
+from cache_store.errors import StoreError
+from protos import inference_pb2 as pb
+from runtime.errors import ReplicaLost
+from runtime.routing.router import Router
+from runtime.routing.types import DRAINING, READY, ReplicaMember, StoreMember
+
+LOST = "lost"
+
+
+class StoreStatus(Protocol):
+    """The part of `cache_store.client.StoreClient` that is used here."""
+
+    async def stat(self) -> StoreStat: ...
+
+    async def close(self) -> None: ...
+
+
+class StatusReporter:
+    """Keeps one client per store of the membership; `close` closes them."""
+
+    def __init__(self, router: Router, connect_store: Callable[[str], StoreStatus], timeout_s: float) -> None:
+        self._router = router
+        self._connect_store = connect_store
+        self._timeout_s = timeout_s
+        self._stores: dict[str, StoreStatus] = {}
+
+    async def report(self) -> pb.GetStatusResponse:
+        """Waits up to the time limit for the slowest; nothing that is lost makes the others wait longer."""
+        membership = self._router.membership
+        await self._close_all_but({store.address for store in membership.stores})
+        replicas, stores = await asyncio.gather(
+            asyncio.gather(*(self._replica(member) for member in membership.replicas)),
+            asyncio.gather(*(self._store(member) for member in membership.stores)),
+        )
+        return pb.GetStatusResponse(replicas=replicas, stores=stores)
+
+    async def close(self) -> None:
+        await self._close_all_but(set())
+
+    async def _close_all_but(self, addresses: set[str]) -> None:
+        for address in self._stores.keys() - addresses:
+            await self._stores.pop(address).close()
+
+    async def _replica(self, member: ReplicaMember) -> pb.ReplicaStatus:
+        status = pb.ReplicaStatus(
+            replica_id=member.replica_id, state=member.state, detail=member.detail, tensor_parallel_size=member.tensor_parallel_size
+        )
+        channel = self._router.channel(member.replica_id)
+        if member.state not in (READY, DRAINING) or channel is None:
+            return status
+        try:
+            stats = (await channel.status(self._timeout_s)).stats
+        except (ReplicaLost, TimeoutError) as error:
+            status.state = LOST
+            status.detail = str(error) or f"no answer in {self._timeout_s:g} s"
+            return status
+        status.running, status.waiting = stats.num_running, stats.num_waiting
+        status.total_pages, status.used_pages, status.cached_pages = stats.total_pages, stats.used_pages, stats.cached_pages
+        status.blocks_pending_offer, status.leased_slots = stats.blocks_pending_offer, stats.leased_slots
+        status.num_preemptions, status.step_age_s = stats.num_preemptions, stats.step_age_s
+        return status
+
+    async def _store(self, member: StoreMember) -> pb.StoreStatus:
+        status = pb.StoreStatus(node_id=member.node_id, state=member.state)
+        if member.state != READY or not member.address:
+            return status
+        if member.address not in self._stores:
+            self._stores[member.address] = self._connect_store(member.address)
+        try:
+            stat = await self._stores[member.address].stat()
+        except StoreError:
+            status.state = LOST
+            return status
+        status.blocks, status.used_bytes, status.total_bytes = stat.blocks, stat.used_bytes, stat.total_bytes
+        status.leased_slots, status.quarantined_slots = stat.pinned_blocks + stat.held_slots, stat.quarantined_slots
+        status.hits, status.misses, status.evictions = stat.hit_blocks, stat.missed_blocks, stat.evicted_blocks
+        return status

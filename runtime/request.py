@@ -1,0 +1,64 @@
+"""The nouns of a request, shared by the front door, the router, the engine and offline use. Each says who writes it."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from workers.step import SamplingSettings
+
+TIERS = ("pages", "dram", "disk", "peer")  # where a reused prompt token came from
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # eos, a stop token or a stop string
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class StopConditions:
+    """What ends an output. The engine reads the first three, `text.stop` the last."""
+
+    max_tokens: int
+    end_token_ids: frozenset[int]  # eos (unless ignored) and stop_token_ids
+    stop_token_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ValidRequest:
+    """Written by `frontdoor.validate`; nothing later judges input again. Immutable."""
+
+    request_id: str
+    prompt_token_ids: array[int]  # typecode "I", at least one
+    sampling: SamplingSettings
+    stop: StopConditions
+    tenant: str = ""
+    cache_salt: str = ""
+    deadline_s: float | None = None  # CLOCK_MONOTONIC of the process that holds the request
+    output_token_ids: array[int] = field(default_factory=lambda: array("I"))  # of a resumed request: already produced elsewhere
+
+
+class CachedTokens(NamedTuple):
+    """Prompt tokens that were not computed, by tier, as of a request's first admission. Written by the engine."""
+
+    pages: int = 0
+    dram: int = 0
+    disk: int = 0
+    peer: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Timings(NamedTuple):
+    """Seconds, written by the engine (`queue_s`, `store_wait_s`) and the front door (the others)."""
+
+    queue_s: float = 0.0
+    store_wait_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0

@@ -1,0 +1,100 @@
+"""The outputs of one request, between the stream of its engine and its reader. For one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from cache_store.errors import MobulaError
+from runtime.engine.frames import RequestOutput
+
+
+class Turnstile:
+    """Lets at most `max_per_turn` readers through in one turn of the event loop, first come first served.
+
+    Sending an event costs a loop many times more than receiving a token. Without this a loop that falls behind would send every token of a
+    step before it looks for the next step, never have two tokens to send together, and hold the engine's stream up. Nothing is held while
+    an event is being sent, so a reader that does not read is in nobody's way.
+    """
+
+    def __init__(self, max_per_turn: int = 4) -> None:
+        self._max_per_turn = max_per_turn
+        self._num_left = max_per_turn
+        self._is_turning = False
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._is_turning:
+            self._is_turning = True
+            loop.call_soon(self._turn)
+        if self._num_left and not self._waiting:
+            self._num_left -= 1
+            return
+        place = loop.create_future()
+        self._waiting.append(place)
+        await place
+
+    def _turn(self) -> None:
+        self._num_left = self._max_per_turn
+        while self._waiting and self._num_left:
+            place = self._waiting.popleft()
+            if not place.done():  # else its reader was cancelled
+                place.set_result(None)
+                self._num_left -= 1
+        self._is_turning = self._num_left < self._max_per_turn
+        if self._is_turning:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+
+class OutputQueue:
+    """Never makes the other requests of a stream wait: a slow reader finds several outputs at once.
+
+    Bounded by the request itself: an engine that sends more than `max_tokens` is broken, and the request fails.
+    """
+
+    __slots__ = ("_error", "_has_last", "_max_tokens", "_num_tokens", "_outputs", "_waiter")
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._num_tokens = 0
+        self._outputs: list[RequestOutput] = []
+        self._has_last = False
+        self._error: MobulaError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: RequestOutput) -> None:
+        """An output with a finish reason or an error is the last; later ones are dropped."""
+        if self._has_last:
+            return
+        self._has_last = output.finish_reason is not None or output.error is not None
+        self._num_tokens += len(output.token_ids)
+        if self._num_tokens > self._max_tokens:
+            self.fail(MobulaError(f"the engine sent {self._num_tokens} tokens for a request of at most {self._max_tokens}"))
+            return
+        self._outputs.append(output)
+        self._wake()
+
+    def fail(self, error: MobulaError) -> None:
+        """Ends the queue: what is in it is still read, then `error` is raised. Only the first error counts."""
+        if self._error is None:
+            self._error = error
+            self._wake()
+
+    async def take(self, turnstile: Turnstile) -> list[RequestOutput]:
+        """Everything that is there, at least one output. The engine channel fails the queue when the engine falls silent, so this ends."""
+        while not self._outputs:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        await turnstile.enter()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

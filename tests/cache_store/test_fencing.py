@@ -1,0 +1,213 @@
+"""Writers that die or stop with slots in their hands, and readers beside them: real processes on one arena."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+
+from cache_store.client import ReserveOutcome
+from cache_store.process import StoreProcess
+from tests.cache_store.conftest import LAYOUT, ROOT, SECRET, Child, connect, eventually_async, key
+
+# What every child does with slots. Content follows from the key, so that a reader can tell wrong bytes from right ones.
+COMMON = """
+import asyncio, mmap, os, random, struct, sys, time
+import numpy as np, xxhash
+from cache_store.client import CommitOutcome, ReserveOutcome, StoreClient
+from cache_store.errors import StoreError
+from cache_store.processes import process_identity
+from tests.cache_store.conftest import LAYOUT, ROOT, key
+
+PART, HALF = LAYOUT.part_bytes, LAYOUT.block_bytes // 2
+
+def content(name):
+    return random.Random(name).randbytes(LAYOUT.block_bytes)
+
+def sums(data):
+    return struct.pack("<2Q", *(xxhash.xxh3_64_intdigest(data[i * PART : (i + 1) * PART]) for i in range(2)))
+
+class Arena:
+    def __init__(self, attached):
+        with open(attached.arena_path, "r+b") as file:
+            self.map = mmap.mmap(file.fileno(), attached.arena_bytes)
+        self.words = np.frombuffer(self.map, np.uint64, attached.data_offset // 8)
+        self.base = attached.data_offset
+
+    def write(self, offset, data):
+        self.map[self.base + offset : self.base + offset + len(data)] = data
+
+    async def read(self, slot, pause_s):
+        # in two halves, with time in between for the slot to be taken away
+        before = int(self.words[slot.offset >> 12])
+        start = self.base + slot.offset
+        data = self.map[start : start + HALF]
+        if pause_s:
+            await asyncio.sleep(pause_s)
+        data += self.map[start + HALF : start + LAYOUT.block_bytes]
+        after = int(self.words[slot.offset >> 12])
+        return data if before == slot.generation == after and sums(data) == slot.checksums else None
+
+async def attach(address, label):
+    client = StoreClient(address, sys.argv[2])
+    attached = await client.attach(LAYOUT, [process_identity(os.getpid())], label)
+    return client, Arena(attached)
+"""
+
+HALF_WRITER = (
+    COMMON
+    + """
+async def main():
+    client, arena = await attach(sys.argv[1], "half writer")
+    reserved = await client.reserve([key(i) for i in range(4)], [ROOT] * 4, float(sys.argv[3]))
+    slot = reserved.slots[0]
+    arena.write(slot.offset, b"x" * HALF)
+    print(slot.offset, flush=True)
+    sys.stdin.readline()
+    arena.write(slot.offset + HALF, b"y" * HALF)
+    print("wrote on", flush=True)
+
+asyncio.run(main())
+"""
+)
+
+BUSY_WRITER = (
+    COMMON
+    + """
+async def main():
+    rng = random.Random(os.getpid())
+    client, arena = await attach(sys.argv[1], f"writer {os.getpid()}")
+    print("writing", flush=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        names = rng.sample(range(200), 6)
+        reserved = await client.reserve([key(name) for name in names], [ROOT] * 6, 0.5)
+        blocks = []
+        for name, slot in zip(names, reserved.slots):
+            if slot.outcome is ReserveOutcome.RESERVED:
+                data = content(name)
+                for start in range(0, len(data), 512):
+                    arena.write(slot.offset + start, data[start : start + 512])
+                blocks.append((key(name), [0, 1], sums(data)))
+        if blocks:
+            await client.commit(reserved.lease_id, blocks)
+            await client.release([reserved.lease_id])
+
+asyncio.run(main())
+"""
+)
+
+READER = (
+    COMMON
+    + """
+async def main():
+    rng = random.Random(1)
+    client, arena = await attach(sys.argv[1], "reader")
+    good = refused = wrong = 0
+    print("reading", flush=True)
+    deadline = time.monotonic() + float(sys.argv[3])
+    while time.monotonic() < deadline:
+        name = rng.randrange(200)
+        acquired = await client.acquire([key(name)], 0.002)  # too short on purpose
+        for slot in acquired.slots:
+            data = await arena.read(slot, rng.choice([0] * 9 + [0.05]))
+            if data is None:
+                refused += 1
+            elif data == content(name):
+                good += 1
+            else:
+                wrong += 1
+    print(good, refused, wrong, flush=True)
+
+asyncio.run(main())
+"""
+)
+
+
+async def test_a_writer_killed_between_reserve_and_commit_leaves_nothing(
+    store_process: Callable[..., StoreProcess], child: Callable[..., Child]
+) -> None:
+    process = store_process(num_slots=16)
+    async with connect(process) as client:
+        writer = child(HALF_WRITER, process.address, SECRET, "60")
+        writer.hear()
+        assert (await client.stat()).held_slots == 4
+        writer.send(signal.SIGKILL)
+
+        async def all_back() -> bool:
+            stat = await client.stat()
+            return (stat.held_slots, stat.sessions, stat.leases) == (0, 0, 0)
+
+        await eventually_async(all_back, 5.0, "the return of a dead writer's slots")
+        assert (await client.stat()).killed_holders == 0
+        assert await client.check() == []
+
+
+async def test_a_writer_stopped_in_the_middle_of_a_slot_is_killed_before_anybody_gets_the_slot(
+    store_process: Callable[..., StoreProcess], child: Callable[..., Child], idle_child: Callable[[], Child]
+) -> None:
+    process = store_process(num_slots=16, kill_grace_s=0.2)
+    async with connect(process) as client:
+        writer = child(HALF_WRITER, process.address, SECRET, "0.5")
+        offset = int(writer.hear())
+        writer.send(signal.SIGSTOP)
+        writer.say("go on")  # it would write its second half, were it ever to run again
+        await client.attach(LAYOUT, [idle_child().identity], "next")
+        others = [key(f"other {i}") for i in range(16)]
+        early = await client.reserve(others, [ROOT] * 16, 60.0)
+        assert [slot.outcome for slot in early.slots].count(ReserveOutcome.RESERVED) == 12
+        assert offset not in {slot.offset for slot in early.slots if slot.outcome is ReserveOutcome.RESERVED}
+
+        async def killed() -> bool:
+            stat = await client.stat()
+            return stat.killed_holders == 1 and stat.quarantined_slots == 0
+
+        await eventually_async(killed, 5.0, "the end of the stopped writer")
+        assert (await client.stat()).held_slots == 12
+        late = await client.reserve(others[12:], [ROOT] * 4, 60.0)
+        assert offset in {slot.offset for slot in late.slots}
+        with open(f"/proc/{writer.process.pid}/stat", encoding="utf-8") as stat:  # noqa: ASYNC230
+            assert stat.read().rpartition(")")[2].split()[0] == "Z"
+        writer.send(signal.SIGCONT)  # a zombie does not care
+        assert writer.process.wait(5.0) == -signal.SIGKILL
+        assert writer.process.stdout
+        assert writer.process.stdout.read() == b""
+        assert await client.check() == []
+
+
+async def test_readers_never_see_wrong_bytes_whatever_happens_to_writers(
+    store_process: Callable[..., StoreProcess], child: Callable[..., Child]
+) -> None:
+    process = store_process(num_slots=24, kill_grace_s=0.1)
+    rng = random.Random(3)
+    reader = child(READER, process.address, SECRET, "6")
+    assert reader.hear() == "reading"
+    stopped = 0
+    deadline_s = time.monotonic() + 5.0
+    while time.monotonic() < deadline_s:
+        writer = child(BUSY_WRITER, process.address, SECRET)
+        assert writer.hear() == "writing"
+        async with connect(process) as client:
+            committed = (await client.stat()).committed_blocks
+
+            async def writes(committed: int = committed, client: object = client) -> bool:
+                return (await client.stat()).committed_blocks > committed + 20  # type: ignore[attr-defined]
+
+            await eventually_async(writes, 10.0, "blocks")
+            writer.send(rng.choice([signal.SIGKILL, signal.SIGSTOP]))
+            stopped += 1
+
+            async def nothing_held(client: object = client) -> bool:
+                return (await client.stat()).held_slots == 0  # type: ignore[attr-defined]
+
+            await eventually_async(nothing_held, 10.0, "the return of the writer's slots")
+            assert await client.check() == []
+        if writer.process.poll() is None:
+            writer.send(signal.SIGCONT)  # stopped while it held nothing: it goes on
+    good, refused, wrong = map(int, reader.hear().split())
+    print(f"{good} blocks read, {refused} refused")
+    assert wrong == 0
+    assert good > 100
+    assert stopped >= 2
+    assert refused > 0  # readers did meet slots that were taken away, or the test shows nothing

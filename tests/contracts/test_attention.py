@@ -1,0 +1,129 @@
+"""Every attention backend against the reference, over random steps: page sizes, head counts, ragged lengths, cached prefixes."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from cache_store.keys import Layout
+from workers.attention.base import BACKENDS, AttentionBatch, AttentionShape, make_backend
+from workers.errors import UnsupportedConfig
+from workers.kv.layout import PageLayout
+from workers.kv.pool import PagePool
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+NUM_LAYERS = 3
+NUM_PAGES = 64
+
+
+class Row(NamedTuple):
+    num_cached: int
+    num_queries: int
+
+
+def make_batch(rows: list[Row], block_size: int, rng: np.random.RandomState) -> AttentionBatch:
+    """Scattered pages; decode rows are those of one query, by assumption at the end of their sequence."""
+    pages = list(rng.permutation(np.arange(1, NUM_PAGES)))
+    lengths = [row.num_cached + row.num_queries for row in rows]
+    table = np.zeros((len(rows), max(-(-length // block_size) for length in lengths)), np.int64)
+    starts, positions, owners = [0], [], []
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        for block in range(-(-length // block_size)):
+            table[index, block] = pages.pop()
+        positions += range(row.num_cached, length)
+        owners += [index] * row.num_queries
+        starts.append(starts[-1] + row.num_queries)
+    positions = np.array(positions)
+    return AttentionBatch(
+        num_decode_rows=sum(row.num_queries == 1 for row in rows),
+        query_starts=starts,
+        seq_lens=lengths,
+        device_seq_lens=torch.tensor(lengths),
+        block_table=torch.from_numpy(table),
+        pages=torch.from_numpy(table[owners, positions // block_size]),
+        offsets=torch.from_numpy(positions % block_size),
+    )
+
+
+def random_rows(rng: np.random.RandomState, block_size: int) -> list[Row]:
+    """Ascending numbers of queries, with lengths on both sides of every page boundary."""
+    decode = [Row(int(rng.choice([0, 1, block_size - 1, block_size, 2 * block_size + 1])), 1) for _ in range(rng.randint(0, 6))]
+    chunks = [Row(int(rng.choice([0, 0, 3, block_size])), rng.randint(2, 2 * block_size + 2)) for _ in range(rng.randint(0, 4))]
+    return decode + sorted(chunks, key=lambda row: row.num_queries) or [Row(0, 1)]
+
+
+def make_pair(name: str, shape: AttentionShape, page_shape: tuple[int, ...], block_size: int):
+    """The backend and the reference, over two pools with the same random content."""
+    layout = PageLayout(Layout("any", 0, block_size, "float32", 1, page_shape), 1, 0, page_shape, "float32", 0, 1, 0, 1)
+    pools = [PagePool(layout, NUM_PAGES, torch.device("cpu")) for _ in range(2)]
+    pools[0].tensor.normal_()
+    pools[1].tensor.copy_(pools[0].tensor)
+    return make_backend(name, shape, pools[0]), make_backend("reference", shape, pools[1])
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_gqa(name, num_heads, num_kv_heads, block_size):
+    rng = np.random.RandomState(num_heads + block_size)
+    torch.manual_seed(block_size)
+    shape = AttentionShape(num_heads, num_kv_heads, 8, 8**-0.5)
+    backend, reference = make_pair(name, shape, (num_kv_heads, NUM_LAYERS, 2, block_size, 8), block_size)
+    for _ in range(8):
+        batch = make_batch(random_rows(rng, block_size), block_size, rng)
+        num_tokens = batch.query_starts[-1]
+        backend.begin(batch)
+        reference.begin(batch)
+        for layer in range(NUM_LAYERS):
+            q_TND, kv_TKD = torch.randn(num_tokens, num_heads, 8), torch.randn(num_tokens, 2 * num_kv_heads, 8)
+            for each in (backend, reference):
+                each.write_gqa(layer, kv_TKD)
+            close(backend.gqa(layer, q_TND), reference.gqa(layer, q_TND))
+    assert torch.equal(backend.pool.tensor, reference.pool.tensor)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("num_heads", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 20])
+def test_mla(name, num_heads, block_size, workspace_bytes, monkeypatch):
+    """Both forms, with every split of the rows between them; a tiny workspace makes every chunk one block long."""
+    latent_dim, nope_dim, rope_dim, value_dim = 12, 6, 4, 5
+    monkeypatch.setattr("workers.attention.torch_paged.WORKSPACE_BYTES", {"cpu": workspace_bytes})
+    rng = np.random.RandomState(num_heads + block_size)
+    torch.manual_seed(block_size)
+    shape = AttentionShape(num_heads, 1, 0, 0.3, latent_dim)
+    backend, reference = make_pair(name, shape, (NUM_LAYERS, block_size, latent_dim + rope_dim), block_size)
+    for _ in range(5):
+        batch = make_batch(random_rows(rng, block_size), block_size, rng)
+        num_tokens = batch.query_starts[-1]
+        split = rng.randint(batch.num_decode_rows, batch.num_rows + 1)
+        first_plain = batch.query_starts[split]
+        up_OC = torch.randn(num_heads * (nope_dim + value_dim), latent_dim)
+        backend.begin(batch)
+        reference.begin(batch)
+        for layer in range(NUM_LAYERS):
+            latent_TP = torch.randn(num_tokens, latent_dim + rope_dim)
+            q_TNP = torch.randn(first_plain, num_heads, latent_dim + rope_dim)
+            q_TND = torch.randn(num_tokens - first_plain, num_heads, nope_dim + rope_dim)
+            results = []
+            for each in (backend, reference):
+                each.write_mla(layer, latent_TP)
+                absorbed = each.mla_absorbed(layer, q_TNP, range(split)) if split else None
+                plain = each.mla_plain(layer, q_TND, up_OC, value_dim, range(split, batch.num_rows)) if split < batch.num_rows else None
+                results.append([out for out in (absorbed, plain) if out is not None])
+            for actual, expected in zip(*results, strict=True):
+                close(actual, expected)
+    assert torch.equal(backend.pool.tensor, reference.pool.tensor)
+
+
+def test_an_unknown_backend_is_named():
+    pool = make_pair("reference", AttentionShape(1, 1, 8, 1.0), (1, 1, 2, 4, 8), 4)[0].pool
+    with pytest.raises(UnsupportedConfig, match="'magic'"):
+        make_backend("magic", AttentionShape(1, 1, 8, 1.0), pool)

@@ -1,0 +1,336 @@
+"""One request's wait for the store, phase by phase, with the store's answers given by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from engine_parts import BLOCK_SIZE, ROOT, Bench, ScriptedPort
+
+from cache_store.client import Acquired, Found, Slot
+from cache_store.keys import chain_keys
+from runtime.engine.kv_loads import KvLoads
+from runtime.engine.live import LiveRequest, LoadGate
+from runtime.engine.store_port import Acquire, Lookup, Release, StoreAnswer, StoreState
+from workers.step import BlockCopy, CopyResult
+
+PROMPT = list(range(100, 118))  # four full blocks and two tokens
+
+
+class LoadBench(Bench):
+    def __init__(self, **config: object) -> None:
+        num_pages = config.pop("num_pages", 40)
+        super().__init__(num_pages=num_pages, load_timeout_s=2.0, **config)  # type: ignore[arg-type]
+        self.port = ScriptedPort()
+        self.loads = KvLoads(self.config, self.blocks, self.port, itertools.count(1))
+        self.now_s = 10.0
+        self.copies: list[BlockCopy] = []
+
+    def arrive(self, name: str = "a", prompt: list[int] = PROMPT) -> LiveRequest:
+        live = self.add(name, prompt)
+        self.loads.arrived(live)
+        self.advance()
+        return live
+
+    def advance(self) -> None:
+        self.loads.advance(self.scheduler, self.now_s)
+        self.copies += self.loads.take_copies()
+
+    def answer(self, kind: type, reply: object) -> object:
+        ticket, question = self.port.take(kind)
+        assert self.loads.answered(StoreAnswer(ticket, reply), self.now_s)  # type: ignore[arg-type]
+        self.advance()
+        return question
+
+    def find(self, count: int) -> object:
+        return self.answer(Lookup, Found(count, [("dram", count)]))
+
+    def grant(self, count: int, lease_id: int = 5, tier: str = "dram") -> object:
+        slots = [Slot(256 * i, 7, b"sum%d" % i) for i in range(count)]
+        return self.answer(Acquire, Acquired(lease_id if count else 0, slots, [(tier, count)] if count else []))
+
+    def finish_copies(self, *failed: int) -> None:
+        copies, self.copies = self.copies, []
+        for i, copy in enumerate(copies):
+            assert self.loads.copied(CopyResult(copy.copy_id, i not in failed, b""), self.now_s)
+        self.advance()
+
+    def settled(self) -> None:
+        assert self.loads.check() == []
+        assert self.loads.num_open_copies == 0
+        assert self.blocks.check() == []
+
+
+def test_a_prefix_in_the_store_is_loaded_before_admission() -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    assert live.load_gate is LoadGate.WAIT
+    assert bench.plan() is None
+    keys = chain_keys(ROOT, PROMPT, BLOCK_SIZE)
+    assert bench.find(3) == Lookup(keys)
+    question = bench.grant(3)
+    assert isinstance(question, Acquire)
+    assert question.keys == keys[:3]
+    assert [(copy.offset, copy.generation, copy.checksums) for copy in bench.copies] == [
+        (0, 7, b"sum0"),
+        (256, 7, b"sum1"),
+        (512, 7, b"sum2"),
+    ]
+    assert {copy.deadline_s for copy in bench.copies} == {bench.now_s + bench.config.copy_timeout_s}
+    assert bench.loads.leases.num_slots == 3
+    pages = [copy.page for copy in bench.copies]
+    bench.finish_copies()
+    assert bench.port.take(Release)[1] == Release([5])
+    assert live.load_gate is LoadGate.OPEN
+    assert live.held_pages == pages
+    assert bench.plan() == {"a": 6}
+    assert bench.launched[0].plan.rows_in[0].pages[:3] == pages
+    assert live.cached is not None
+    assert live.cached._asdict() == {"pages": 0, "dram": 12, "disk": 0, "peer": 0}
+    bench.settled()
+
+
+def test_the_lease_counts_until_the_store_confirms_its_end() -> None:
+    bench = LoadBench()
+    bench.arrive()
+    bench.find(2)
+    bench.grant(2)
+    bench.finish_copies()
+    assert bench.loads.leases.num_slots == 2
+    bench.answer(Release, 1)
+    assert bench.loads.leases.num_slots == 0
+
+
+def test_pages_and_store_share_a_prefix() -> None:
+    bench = LoadBench()
+    bench.add("first", PROMPT[:9], max_tokens=1)
+    bench.step()  # two blocks are in pages now
+    live = bench.arrive()
+    assert bench.find(1) == Lookup(chain_keys(ROOT, PROMPT, BLOCK_SIZE)[2:])
+    bench.grant(1, tier="disk")
+    assert len(live.held_pages) == 2, "what it builds on must stay while it loads"
+    bench.finish_copies()
+    bench.plan()
+    assert live.cached is not None
+    assert live.cached == (8, 0, 4, 0)
+
+
+def test_what_the_pages_hold_is_not_looked_up() -> None:
+    bench = LoadBench()
+    bench.add("first", PROMPT, max_tokens=1)
+    bench.step()
+    bench.step()
+    assert bench.arrive().load_gate is LoadGate.OPEN
+    assert bench.port.asked == []
+
+
+@pytest.mark.parametrize("reply", [None, Found(0, [])])
+def test_nothing_found_is_a_miss(reply: Found | None) -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.answer(Lookup, reply)
+    assert live.load_gate is LoadGate.OPEN
+    assert bench.plan() == {"a": 16}
+
+
+@pytest.mark.parametrize("count", [None, 0])
+def test_nothing_acquired_is_a_miss(count: int | None) -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.find(4)
+    if count is None:
+        bench.answer(Acquire, None)
+    else:
+        bench.grant(0)
+    assert live.load_gate is LoadGate.OPEN
+    assert bench.blocks.num_used == 0
+    bench.settled()
+
+
+def test_a_failed_copy_cuts_the_prefix() -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.find(4)
+    bench.grant(4)
+    bench.finish_copies(2)
+    assert live.load_gate is LoadGate.OPEN
+    assert len(live.held_pages) == 2
+    assert bench.blocks.match(live.keys) == 2
+    assert bench.blocks.num_used == 2
+    assert bench.loads.num_failed == 1
+    bench.plan()
+    assert live.cached == (0, 8, 0, 0)
+    bench.settled()
+
+
+def test_a_store_that_does_not_answer_is_a_miss_after_the_deadline() -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    assert bench.loads.next_deadline_s == 12.0
+    bench.now_s = 11.9
+    bench.advance()
+    assert live.load_gate is LoadGate.WAIT
+    bench.now_s = 12.0
+    bench.advance()
+    assert live.load_gate is LoadGate.OPEN
+    assert live.store_wait_s == 2.0
+    assert bench.loads.next_deadline_s == float("inf")
+    bench.find(4)  # late
+    assert live.load_gate is LoadGate.OPEN
+    assert bench.port.asked == []
+
+
+def test_a_late_grant_is_given_back_unused() -> None:
+    bench = LoadBench()
+    bench.arrive()
+    bench.find(4)
+    bench.now_s += 3
+    bench.advance()
+    bench.grant(4)
+    assert bench.copies == []
+    assert bench.port.take(Release)[1] == Release([5])
+    bench.settled()
+
+
+def test_a_load_that_takes_too_long_goes_on_without_its_request() -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.find(4)
+    bench.grant(4)
+    bench.now_s += 3
+    bench.advance()
+    assert bench.plan() == {"a": 16}, "it computes"
+    bench.finish_copies()
+    assert bench.blocks.match(live.keys) == 4, "the blocks are there for the next one"
+    bench.settled()
+
+
+def test_pages_of_an_aborted_request_return_only_after_their_copies() -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.find(4)
+    bench.grant(4)
+    bench.loads.ended(live)
+    bench.scheduler.remove(live)
+    assert bench.blocks.num_used == 4
+    assert bench.port.asked == [], "the slots are still being read"
+    bench.finish_copies()
+    assert bench.blocks.num_used == 0
+    assert bench.port.take(Release)[1] == Release([5])
+    bench.settled()
+
+
+def test_two_requests_load_a_block_once() -> None:
+    bench = LoadBench()
+    first, second = bench.arrive("a"), bench.arrive("b", [*PROMPT[:16], 1, 2, 3])
+    bench.find(4)
+    bench.find(4)
+    bench.grant(4)
+    assert bench.port.asked == [], "b waits for a's load"
+    assert second.load_gate is LoadGate.WAIT
+    bench.finish_copies()
+    assert first.load_gate is second.load_gate is LoadGate.OPEN
+    bench.plan()
+    assert first.cached == (0, 16, 0, 0)
+    assert second.cached == (16, 0, 0, 0)
+
+
+def test_a_block_that_a_row_is_computing_is_not_loaded() -> None:
+    bench = LoadBench(max_num_batched_tokens=8)
+    bench.add("row", PROMPT, max_tokens=1)
+    bench.plan()
+    live = bench.arrive()
+    bench.find(4)
+    assert bench.port.asked == []
+    assert live.load_gate is LoadGate.WAIT
+    bench.apply()
+    bench.step()
+    bench.step()
+    bench.advance()
+    assert live.load_gate is LoadGate.OPEN
+
+
+def test_loads_are_bounded() -> None:
+    bench = LoadBench(max_loading_blocks=6, max_loading_requests=2, num_pages=200)
+    for i in range(4):
+        bench.arrive(f"r{i}", [i * 50 + j for j in range(18)])
+    for _ in range(4):
+        bench.find(4)
+    wanted = [question.keys for _, question in bench.port.asked if isinstance(question, Acquire)]
+    assert [len(keys) for keys in wanted] == [4, 2], "two requests, six blocks"
+
+
+def test_a_long_prefix_is_loaded_piece_by_piece() -> None:
+    bench = LoadBench(max_loading_blocks=3)
+    live = bench.arrive()
+    bench.find(4)
+    bench.grant(3, lease_id=5)
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.WAIT
+    assert bench.port.take(Release)[1] == Release([5])
+    bench.grant(1, lease_id=6)
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.OPEN
+    assert len(live.held_pages) == 4
+    bench.plan()
+    assert live.cached == (0, 16, 0, 0)
+
+
+def test_nothing_is_acquired_for_a_request_without_room() -> None:
+    bench = LoadBench(num_pages=10)
+    bench.add("row", 16, max_tokens=8)
+    bench.step()
+    live = bench.arrive()
+    bench.find(4)
+    assert live.load_gate is LoadGate.NO_ROOM
+    assert bench.port.asked == []
+    bench.now_s += 100
+    bench.advance()
+    assert live.load_gate is LoadGate.NO_ROOM, "it waits for pages, not for the store"
+    assert bench.loads.next_deadline_s == float("inf")
+    bench.scheduler.remove(bench.scheduler.running[0])
+    bench.advance()
+    assert live.load_gate is LoadGate.WAIT
+    assert isinstance(bench.port.asked[0][1], Acquire)
+
+
+def test_a_lost_store_ends_every_wait() -> None:
+    bench = LoadBench()
+    looking, loading = bench.arrive("a", [1] * 18), bench.arrive("b")
+    ticket, _ = bench.port.asked.pop(0)
+    bench.find(4)
+    bench.grant(4)
+    sent = bench.copies
+    bench.port.state = StoreState.LOST
+    bench.loads.answered(StoreAnswer(ticket, None), bench.now_s)
+    bench.loads.lost(bench.now_s)
+    assert looking.load_gate is loading.load_gate is LoadGate.OPEN
+    assert bench.loads.leases.num_slots == 0
+    assert bench.blocks.num_used == len(sent) == 4, "the ranks still copy into these"
+    bench.finish_copies()
+    bench.settled()
+    assert bench.blocks.num_used == 0
+
+
+def test_copies_that_were_not_sent_are_dropped_with_the_store() -> None:
+    bench = LoadBench()
+    bench.arrive()
+    bench.find(4)
+    ticket, _ = bench.port.take(Acquire)
+    bench.loads.answered(StoreAnswer(ticket, Acquired(5, [Slot(0, 1, b"")], [("dram", 1)])), bench.now_s)
+    bench.port.state = StoreState.LOST
+    bench.loads.lost(bench.now_s)
+    assert bench.loads.take_copies() == []
+    assert bench.blocks.num_used == 0
+    bench.settled()
+
+
+def test_only_those_near_the_head_of_the_queue_are_looked_up() -> None:
+    bench = LoadBench(lookup_ahead=2)
+    third = [bench.arrive(f"r{i}", [i * 50 + j for j in range(18)]) for i in range(3)][2]
+    assert len(bench.port.asked) == 2
+    assert third.load_gate is LoadGate.WAIT
+    bench.answer(Lookup, None)
+    bench.plan()
+    bench.advance()
+    assert len(bench.port.asked) == 2, "one was answered, its request admitted, and the third came near"

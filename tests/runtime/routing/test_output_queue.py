@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cache_store.errors import MobulaError
+from runtime.engine.frames import RequestOutput
+from runtime.errors import ReplicaLost
+from runtime.routing.output_queue import OutputQueue, Turnstile
+
+
+async def take(queue: OutputQueue) -> list[RequestOutput]:
+    async with asyncio.timeout(5):
+        return await queue.take(Turnstile())
+
+
+async def test_a_late_reader_finds_everything_and_then_the_error() -> None:
+    queue = OutputQueue(10)
+    for token in range(3):
+        queue.put(RequestOutput("x", [token]))
+    queue.fail(ReplicaLost("gone"))
+    queue.fail(MobulaError("only the first counts"))
+    assert [output.token_ids for output in await take(queue)] == [[0], [1], [2]]
+    with pytest.raises(ReplicaLost, match="gone"):
+        await take(queue)
+
+
+async def test_a_waiting_reader_is_woken() -> None:
+    queue = OutputQueue(10)
+    reader = asyncio.create_task(take(queue))
+    await asyncio.sleep(0)
+    queue.put(RequestOutput("x", [1]))
+    assert [output.token_ids for output in await reader] == [[1]]
+    reader = asyncio.create_task(take(queue))
+    await asyncio.sleep(0)
+    queue.fail(ReplicaLost("gone"))
+    with pytest.raises(ReplicaLost):
+        await reader
+
+
+async def test_a_cancelled_reader_loses_nothing() -> None:
+    queue = OutputQueue(10)
+    reader = asyncio.create_task(take(queue))
+    await asyncio.sleep(0)
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    queue.put(RequestOutput("x", [1]))
+    assert len(await take(queue)) == 1
+
+
+async def test_nothing_follows_the_last_output() -> None:
+    queue = OutputQueue(10)
+    queue.put(RequestOutput("x", [1], finish_reason="abort"))
+    queue.put(RequestOutput("x", [2]))
+    assert len(await take(queue)) == 1
+
+
+async def test_more_tokens_than_asked_for_fail_the_request() -> None:
+    queue = OutputQueue(2)
+    queue.put(RequestOutput("x", [1, 2]))
+    queue.put(RequestOutput("x", [3]))
+    assert len(await take(queue)) == 1
+    with pytest.raises(MobulaError, match="3 tokens"):
+        await take(queue)
+
+
+async def test_a_turnstile_lets_a_few_through_per_turn_in_order() -> None:
+    turnstile = Turnstile(max_per_turn=3)
+    passed: list[int] = []
+    per_turn: list[int] = []
+
+    async def enter(number: int) -> None:
+        await turnstile.enter()
+        passed.append(number)
+
+    tasks = [asyncio.create_task(enter(number)) for number in range(20)]
+    await asyncio.sleep(0)
+    for cancelled in (5, 6, 11):
+        tasks[cancelled].cancel()
+    while not all(task.done() for task in tasks):
+        before = len(passed)
+        await asyncio.sleep(0)
+        per_turn.append(len(passed) - before)
+    assert passed == [number for number in range(20) if number not in (5, 6, 11)]
+    assert max(per_turn) <= 3
+    async with asyncio.timeout(5):
+        await turnstile.enter()  # and it is free again

@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+
+from runtime.config import ServeSettings, parse_size, resolve_settings
+from runtime.errors import DeploymentError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("0", 0), ("123", 123), ("1KiB", 1 << 10), ("512 MiB", 512 << 20), ("1.5gib", 3 << 29), (64, 64), ("2B", 2)]
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1GB", "1 GiB extra", "nan"])
+def test_bad_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)
+
+
+def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "mobula.toml"
+    file.write_text('model = "m"\nreplicas = 2\ntensor-parallel-size = 4\nkv_memory = "1MiB"\n')
+    settings = resolve_settings(
+        {"replicas": None, "tensor_parallel_size": 2}, file, {"MOBULA_REPLICAS": "3", "MOBULA_KV_MEMORY": "2MiB", "HOME": "/"}
+    )
+    assert (settings.model, settings.replicas, settings.tensor_parallel_size, settings.kv_memory) == ("m", 3, 2, 2 << 20)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "text", "named"),
+    [
+        ({"kv_memory": "much"}, {}, "", "--kv-memory"),
+        ({}, {"MOBULA_REPLICAS": "two"}, "", "MOBULA_REPLICAS"),
+        ({"replicas": 0}, {}, "", "--replicas"),
+        ({"load_format": "pickle"}, {}, "", "--load-format"),
+        ({"deployment": "A b"}, {}, "", "--deployment"),
+        ({}, {}, "no_such = 1", "no_such"),
+        ({}, {}, "= broken", "--config"),
+    ],
+)
+def test_a_bad_value_names_its_source(flags: dict[str, object], environment: dict[str, str], text: str, named: str, tmp_path: Path) -> None:
+    file = tmp_path / "mobula.toml"
+    file.write_text(text)
+    with pytest.raises(DeploymentError, match=named):
+        resolve_settings(flags, file, environment)
+
+
+def test_the_worker_config_takes_over_what_ranks_need() -> None:
+    worker = ServeSettings(model="/m", tensor_parallel_size=4, kv_memory=5, load_format="dummy", max_model_len=77).worker_config()
+    assert (worker.model, worker.tensor_parallel_size, worker.kv_memory_bytes, worker.load_format, worker.max_model_len) == (
+        "/m",
+        4,
+        5,
+        "dummy",
+        77,
+    )

@@ -1,0 +1,171 @@
+"""Draws follow the distribution they should, and depend on nothing but seed, output position and logits."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from workers.noise import gumbel, mix_, mix_int, split_seed, uniform
+from workers.sampler import Draws, Penalties, all_logprobs, best_logprobs, draw, penalise
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+CHI_SQUARE_999 = {4: 18.47, 9: 27.88, 19: 43.82, 63: 103.44, 255: 329.92}  # critical values at 0.999 by degrees of freedom
+
+
+def draws(seeds, positions, *, temperature=1.0, min_p=0.0, top_p=1.0, top_k=0) -> Draws:
+    """One row per seed; the other settings are numbers for all rows or one per row."""
+    size = len(seeds)
+    column = lambda value, dtype: torch.as_tensor(value, dtype=dtype).expand(size)  # noqa: E731
+    top_ks = column(top_k, torch.int64)
+    return Draws(
+        temperature=column(temperature, torch.float32),
+        min_p=column(min_p, torch.float32),
+        top_p=column(top_p, torch.float32),
+        top_k=top_ks,
+        seeds=torch.tensor([split_seed(seed) for seed in seeds], dtype=torch.int32),
+        positions=column(positions, torch.int32).clone(),
+        max_top_k=int(top_ks.max()),
+        any_top_p=bool((column(top_p, torch.float32) < 1).any()),
+        any_min_p=bool((column(min_p, torch.float32) > 0).any()),
+    )
+
+
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    expected = probabilities * counts.sum()
+    assert (counts[expected == 0] == 0).all()
+    kept = expected > 0
+    return float(((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+
+
+def distribution(logits: np.ndarray, *, temperature=1.0, min_p=0.0, top_p=1.0, top_k=0) -> np.ndarray:
+    """What sampling should follow, computed plainly in float64."""
+    scaled = logits.astype(np.float64) / temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    p[p < min_p * p.max()] = 0
+    if top_k:
+        p[p < np.sort(p)[-top_k]] = 0
+    p /= p.sum()
+    kept, total = np.zeros(len(p), bool), 0.0
+    for token in np.argsort(-p, kind="stable"):
+        if total >= top_p:
+            break
+        kept[token] = True
+        total += p[token]
+    return np.where(kept, p, 0) / p[kept].sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 3.0},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"temperature": 1.5, "top_k": 10, "top_p": 0.8, "min_p": 0.05},
+    ],
+)
+def test_draws_follow_the_exact_distribution(settings):
+    logits = np.random.RandomState(3).normal(0, 1.5, 20).astype(np.float32)
+    num_draws = 20_000
+    tokens = draw(torch.from_numpy(logits).expand(num_draws, -1), draws(range(num_draws), 7, **settings))
+    expected = distribution(logits, **settings)
+    counts = np.bincount(tokens.numpy(), minlength=20)
+    degrees = int((expected > 0).sum()) - 1
+    critical = degrees + 4.0 * math.sqrt(2 * degrees) + 4  # beyond the 0.9999 quantile for every number of degrees
+    assert chi_square(counts, expected) < critical
+
+
+def test_positions_of_one_seed_are_independent_draws():
+    """Along one request, and pairs of neighbours: 16 x 16 outcomes of a uniform choice."""
+    num_draws = 40_000
+    tokens = draw(torch.zeros(num_draws, 16), draws([5] * num_draws, torch.arange(num_draws))).numpy()
+    pairs = np.bincount(tokens[:-1] * 16 + tokens[1:], minlength=256)
+    assert chi_square(pairs, np.full(256, 1 / 256)) < CHI_SQUARE_999[255]
+
+
+def test_draws_do_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    logits = torch.randn(40, 1000)
+    seeds, positions = list(range(100, 140)), torch.arange(40)
+    settings = {"temperature": torch.linspace(0, 2, 40), "top_k": torch.arange(40) * 3, "top_p": torch.linspace(0.3, 1, 40)}
+    together = draw(logits, draws(seeds, positions, **settings))
+    order = torch.randperm(40)
+    shuffled = draw(
+        logits[order],
+        draws([seeds[i] for i in order.tolist()], positions[order], **{name: value[order] for name, value in settings.items()}),
+    )
+    assert torch.equal(shuffled, together[order])
+    alone = [
+        draw(logits[i : i + 1], draws([seeds[i]], int(positions[i]), **{name: value[i] for name, value in settings.items()}))
+        for i in range(40)
+    ]
+    assert torch.equal(torch.cat(alone), together)
+    assert len(set(draw(logits[:1].expand(40, -1), draws(seeds, 0, temperature=2.0)).tolist())) > 20
+    here, there = (draw(logits, draws(seeds, place, temperature=2.0)) for place in (positions, positions + 1))
+    assert not torch.equal(here, there)
+
+
+def test_both_words_of_the_seed_count():
+    logits = torch.zeros(3, 5000)
+    assert len(set(draw(logits, draws([1, 1 << 32, (1 << 32) + 1], 0)).tolist())) == 3
+    assert split_seed((1 << 64) - 1) == (-1, -1)
+
+
+def test_greedy_rows_take_the_largest_whatever_the_filters():
+    torch.manual_seed(1)
+    logits = torch.randn(8, 50)
+    tokens = draw(logits, draws(range(8), 0, temperature=0.0, top_k=3, top_p=0.5, min_p=0.3))
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
+def test_ties_at_the_kth_place_stay():
+    logits = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0]]).expand(3000, -1)
+    assert set(draw(logits, draws(range(3000), 0, top_k=2)).tolist()) == {0, 1, 2, 3}
+
+
+def test_hash_is_the_same_in_torch_and_in_plain_integers():
+    values = [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, *np.random.RandomState(0).randint(0, 1 << 32, 200, np.uint32).tolist()]
+    hashed = mix_(torch.tensor([split_seed(value)[0] for value in values], dtype=torch.int32))
+    assert [value & 0xFFFFFFFF for value in hashed.tolist()] == [mix_int(value) for value in values]
+    assert len({mix_int(value) for value in range(100_000)}) == 100_000
+
+
+def test_gumbel_noise_reaches_both_tails():
+    """Against float64 at the ends and the middle of the 32 bits."""
+    bits = [0, 1, 1000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF, 0x12345678, 0xF2345678]
+    noise = gumbel(torch.tensor([split_seed(value)[0] for value in bits], dtype=torch.int32))
+    exact = [-math.log(-math.log((value + 0.5) / 2**32)) for value in bits]
+    np.testing.assert_allclose(noise.numpy(), exact, rtol=2e-6, atol=2e-6)
+    assert float(uniform(torch.tensor([-(1 << 31), (1 << 31) - 1], dtype=torch.int32)).abs().max()) <= 1.0
+
+
+def test_penalties_are_those_of_vllm():
+    """Repetition over prompt and output, on the sign of the logit; frequency and presence over the output."""
+    logits = torch.tensor([[2.0, -2.0, 4.0, -4.0, 1.0]])
+    penalties = Penalties(
+        repetition=torch.tensor([2.0]),
+        presence=torch.tensor([0.25]),
+        frequency=torch.tensor([0.5]),
+        in_prompt=torch.tensor([[True, True, False, False, False]]),
+        output_counts=torch.tensor([[0, 0, 3, 1, 0]], dtype=torch.int32),
+    )
+    expected = [1.0, -4.0, 4.0 / 2 - 3 * 0.5 - 0.25, -4.0 * 2 - 0.5 - 0.25, 1.0]
+    np.testing.assert_allclose(penalise(logits, penalties)[0].numpy(), expected)
+
+
+def test_logprobs_are_those_of_the_raw_logits():
+    torch.manual_seed(2)
+    logits = torch.randn(3, 10)
+    exact = logits.log_softmax(-1)
+    rows = best_logprobs(logits, torch.tensor([4, 5, 6]), 2)
+    for row, chosen in enumerate((4, 5, 6)):
+        best = exact[row].topk(2)
+        assert [token for token, _ in rows[row]] == [chosen, *best.indices.tolist()]
+        np.testing.assert_allclose([value for _, value in rows[row]], [exact[row, chosen], *best.values], rtol=1e-6)
+    assert best_logprobs(logits, torch.tensor([4, 5, 6]), 0)[0] == [(4, pytest.approx(float(exact[0, 4])))]
+    assert all_logprobs(logits) == exact.numpy().astype("<f4").tobytes()

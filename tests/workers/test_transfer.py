@@ -1,0 +1,413 @@
+"""Pages to and from an arena file, rank by rank, against the bytes that a block must have."""
+
+import itertools
+import os
+import random
+import select
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from cache_store.keys import Layout
+from workers.kv.layout import PageLayout
+from workers.kv.mapping import REGISTER_BYTES, pieces_of
+from workers.kv.pool import PagePool
+from workers.kv.transfer import MAX_BATCH, PageCopier
+from workers.step import ArenaSpec, BlockCopy, CopyResult
+
+CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NUM_SLOTS = 16
+NUM_PAGES = 8
+GENERATION = (1 << 63) + 5  # does not fit a signed word
+
+GQA = Layout("gqa", 0, 4, "bfloat16", 4, (3, 2, 4, 8))
+MLA = Layout("mla", 0, 4, "float32", 7, (4, 12))  # 7 layers divide by no tensor-parallel size
+
+
+def page_layout(store: Layout, tp: int, rank: int) -> PageLayout:
+    if store.codec == "gqa":
+        num_parts = max(1, store.num_parts // tp)
+        first = rank * store.num_parts // tp
+        writes = rank % max(1, tp // store.num_parts) == 0
+        return PageLayout(store, tp, rank, (num_parts, *store.part_shape), store.dtype, first, num_parts, first, num_parts if writes else 0)
+    first, last = (store.num_parts * r // tp for r in (rank, rank + 1))
+    return PageLayout(store, tp, rank, (store.num_parts, *store.part_shape), store.dtype, 0, store.num_parts, first, last - first)
+
+
+class Arena:
+    """The store's file, as the store would make it."""
+
+    def __init__(self, path: Path, block_bytes: int) -> None:
+        self.slot_bytes = -(-block_bytes // 4096) * 4096
+        num_words = NUM_SLOTS * self.slot_bytes // 4096
+        self.data_offset = -(-8 * num_words // 4096) * 4096
+        self.total_bytes = self.data_offset + NUM_SLOTS * self.slot_bytes
+        self.path = path
+        path.write_bytes(bytes(self.total_bytes))
+        self.words = np.memmap(path, np.uint64, "r+", shape=(num_words,))
+        self.data = np.memmap(path, np.uint8, "r+", offset=self.data_offset)
+        self.words[:] = GENERATION
+
+    @property
+    def spec(self) -> ArenaSpec:
+        return ArenaSpec(str(self.path), self.total_bytes, self.data_offset, self.slot_bytes)
+
+    def copy(self, copy_id: int, page: int, slot: int, checksums: bytes = b"", within_s: float = 60.0) -> BlockCopy:
+        return BlockCopy(copy_id, page, slot * self.slot_bytes, GENERATION, time.monotonic() + within_s, checksums)
+
+    def slot(self, index: int) -> np.ndarray:
+        return self.data[index * self.slot_bytes :][: self.slot_bytes]
+
+
+class Rank:
+    def __init__(self, store: Layout, tp: int, rank: int, arena: Arena | None, device: torch.device = CPU, **kwargs: int) -> None:
+        self.layout = page_layout(store, tp, rank)
+        self.pool = PagePool(self.layout, NUM_PAGES, device)
+        self.copier = PageCopier(self.pool, self.layout, **kwargs)
+        if arena is not None:
+            self.copier.attach(arena.spec)
+
+    def page(self, index: int) -> np.ndarray:
+        """On the CPU a view, on CUDA a copy."""
+        return self.pool.page_bytes(index).cpu().numpy()
+
+    def write(self, index: int, content: np.ndarray) -> None:
+        self.pool.page_bytes(index).copy_(torch.from_numpy(content))
+
+    def wait(self, num_results: int) -> list[CopyResult]:
+        """By way of the file descriptor, as the rank's loop does."""
+        results: list[CopyResult] = []
+        deadline_s = time.monotonic() + 20
+        while len(results) < num_results:
+            left_s = deadline_s - time.monotonic()
+            assert left_s > 0, f"{len(results)} of {num_results} copies within 20 s"
+            if select.select([self.copier], [], [], left_s)[0]:
+                results += self.copier.results()
+        return sorted(results)
+
+    def one(self, loads: list[BlockCopy], saves: list[BlockCopy] | None = None) -> CopyResult:
+        self.copier.submit(loads, saves or [])
+        (result,) = self.wait(1)
+        return result
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """In memory, where a store's arena lies."""
+    path = Path(f"/dev/shm/mobula-test-{os.getpid()}-{random.randrange(1 << 32)}")
+    path.mkdir(mode=0o700)
+    yield path
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+def make_rank(request: pytest.FixtureRequest) -> Iterator[type[Rank]]:
+    ranks: list[Rank] = []
+
+    def make(*args: object, **kwargs: int) -> Rank:
+        ranks.append(Rank(*args, device=torch.device(request.param), **kwargs))  # type: ignore[arg-type]
+        return ranks[-1]
+
+    yield make  # type: ignore[misc]
+    for rank in ranks:
+        rank.copier.close()
+        rank.copier.close()
+
+
+def random_block(store: Layout, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, store.block_bytes, np.uint8)
+
+
+def part_of(block: np.ndarray, layout: PageLayout) -> np.ndarray:
+    """What a rank's page holds of a block."""
+    size = layout.store.part_bytes
+    return block[layout.first_part * size : (layout.first_part + layout.num_parts) * size]
+
+
+def checksums_of(block: np.ndarray, store: Layout) -> bytes:
+    parts = block.reshape(store.num_parts, store.part_bytes)
+    return b"".join(struct.pack("<Q", xxhash.xxh3_64_intdigest(part.tobytes())) for part in parts)
+
+
+@pytest.mark.parametrize("store", [GQA, MLA], ids=["gqa", "mla"])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_a_block_saved_at_one_size_loads_at_every_other(store: Layout, tp: int, folder: Path, make_rank: type[Rank]) -> None:
+    arena = Arena(folder / "arena", store.block_bytes)
+    writers = [make_rank(store, tp, rank, arena) for rank in range(tp)]
+    blocks = [random_block(store, seed) for seed in range(NUM_PAGES - 1)]
+    checksums = [b"" for _ in blocks]
+    for writer in writers:
+        for index, block in enumerate(blocks):
+            writer.write(index + 1, part_of(block, writer.layout))
+        writer.copier.submit([], [arena.copy(index, index + 1, 2 * index) for index in range(len(blocks))])
+        for result in writer.wait(len(blocks)):
+            assert result.ok
+            assert len(result.checksums) == 8 * writer.layout.num_written_parts
+            checksums[result.copy_id] += result.checksums
+    for index, block in enumerate(blocks):
+        assert arena.slot(2 * index)[: store.block_bytes].tobytes() == block.tobytes()
+        assert not arena.slot(2 * index + 1).any(), "written beyond its slot"
+        assert checksums[index] == checksums_of(block, store)
+
+    for reader_tp in (1, 2, 4):
+        for rank in range(reader_tp):
+            reader = make_rank(store, reader_tp, rank, arena)
+            loads = [arena.copy(index, NUM_PAGES - 1 - index, 2 * index, checksums_of(block, store)) for index, block in enumerate(blocks)]
+            reader.copier.submit(loads, [])
+            assert reader.wait(len(blocks)) == [CopyResult(index, True, b"") for index in range(len(blocks))]
+            for index, block in enumerate(blocks):
+                assert reader.page(NUM_PAGES - 1 - index).tobytes() == part_of(block, reader.layout).tobytes()
+            assert not reader.page(0).any()
+
+
+@pytest.fixture
+def stored(folder: Path) -> tuple[Arena, np.ndarray]:
+    """An arena with one GQA block in slot 3."""
+    arena = Arena(folder / "arena", GQA.block_bytes)
+    block = random_block(GQA, 11)
+    arena.slot(3)[: GQA.block_bytes] = block
+    return arena, block
+
+
+def test_a_generation_changed_before_the_copy(stored: tuple[Arena, np.ndarray], make_rank: type[Rank]) -> None:
+    arena, block = stored
+    rank = make_rank(GQA, 1, 0, arena)
+    rank.pool.page_bytes(2).fill_(7)
+    arena.words[3 * arena.slot_bytes >> 12] += np.uint64(1)
+    assert rank.one([arena.copy(1, 1, 3, checksums_of(block, GQA))]) == CopyResult(1, False, b"", "generation")
+    assert not rank.page(1).any()
+    assert rank.one([], [arena.copy(2, 2, 3)]) == CopyResult(2, False, b"", "generation")
+    assert arena.slot(3)[: GQA.block_bytes].tobytes() == block.tobytes(), "a slot of somebody else was written"
+
+
+@pytest.mark.parametrize("is_save", [False, True])
+def test_a_generation_changed_during_the_copy(
+    is_save: bool, stored: tuple[Arena, np.ndarray], make_rank: type[Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena, block = stored
+    rank = make_rank(GQA, 1, 0, arena)
+    digest = xxhash.xxh3_64_intdigest
+
+    def digest_while_the_slot_changes_hands(data: bytes) -> int:
+        arena.words[3 * arena.slot_bytes >> 12] = GENERATION + 1
+        return digest(data)
+
+    monkeypatch.setattr("workers.kv.transfer.xxhash.xxh3_64_intdigest", digest_while_the_slot_changes_hands)
+    copy = arena.copy(1, 1, 3, checksums_of(block, GQA)) if not is_save else arena.copy(1, 1, 3)
+    result = rank.one([], [copy]) if is_save else rank.one([copy])
+    assert result == CopyResult(1, False, b"", "generation")
+
+
+def test_one_bad_byte_is_seen_by_the_rank_that_reads_it(stored: tuple[Arena, np.ndarray], make_rank: type[Rank]) -> None:
+    arena, block = stored
+    arena.slot(3)[3 * GQA.part_bytes + 5] ^= 1  # in the part of rank 1 of 2
+    copy = arena.copy(1, 1, 3, checksums_of(block, GQA))
+    assert make_rank(GQA, 2, 0, arena).one([copy]).ok
+    assert make_rank(GQA, 2, 1, arena).one([copy]) == CopyResult(1, False, b"", "checksum")
+    assert make_rank(GQA, 1, 0, arena).one([copy._replace(checksums=b"")]) == CopyResult(1, False, b"", "checksum")
+
+
+def test_a_copy_past_its_deadline_touches_nothing(stored: tuple[Arena, np.ndarray], make_rank: type[Rank]) -> None:
+    arena, block = stored
+    rank = make_rank(GQA, 1, 0, arena)
+    rank.pool.page_bytes(2).fill_(7)
+    assert rank.one([arena.copy(1, 1, 3, checksums_of(block, GQA), within_s=-0.001)]) == CopyResult(1, False, b"", "deadline")
+    assert rank.one([], [arena.copy(2, 2, 3, within_s=-0.001)]) == CopyResult(2, False, b"", "deadline")
+    assert not rank.page(1).any()
+    assert arena.slot(3)[: GQA.block_bytes].tobytes() == block.tobytes()
+
+
+def test_an_arena_that_is_not_there(stored: tuple[Arena, np.ndarray], make_rank: type[Rank], folder: Path) -> None:
+    arena, block = stored
+    checksums = checksums_of(block, GQA)
+    failed = CopyResult(1, False, b"", "arena")
+    rank = make_rank(GQA, 1, 0, None)
+    assert rank.one([arena.copy(1, 1, 3, checksums)]) == failed
+    for bad in (
+        arena.spec._replace(path=str(folder / "none")),
+        arena.spec._replace(total_bytes=arena.total_bytes + 1),
+        arena.spec._replace(data_offset=arena.total_bytes),
+        arena.spec._replace(path="/dev/null"),
+    ):
+        rank.copier.attach(bad)
+        assert rank.one([arena.copy(1, 1, 3, checksums)]) == failed
+    rank.copier.attach(arena.spec)
+    for offset in (-4096, 100, arena.total_bytes, NUM_SLOTS * arena.slot_bytes - 4096 + arena.slot_bytes, 1 << 60):
+        assert rank.one([arena.copy(1, 1, 3, checksums)._replace(offset=offset)]) == failed
+    assert rank.one([arena.copy(1, 1, 3, checksums)]).ok
+    os.truncate(arena.path, arena.data_offset)
+    assert rank.one([arena.copy(1, 1, 3, checksums)]) == failed
+    assert rank.one([], [arena.copy(1, 1, 3)]) == failed
+
+
+def test_a_removed_file_stays_readable_until_another_is_attached(
+    stored: tuple[Arena, np.ndarray], make_rank: type[Rank], folder: Path
+) -> None:
+    arena, block = stored
+    rank = make_rank(GQA, 1, 0, arena)
+    rank.copier.results()
+    arena.path.unlink()
+    assert rank.one([arena.copy(1, 1, 3, checksums_of(block, GQA))]).ok
+    other = Arena(folder / "other", GQA.block_bytes)
+    rank.copier.attach(other.spec)
+    assert rank.one([arena.copy(2, 2, 3, checksums_of(block, GQA))]) == CopyResult(2, False, b"", "checksum")
+    rank.pool.page_bytes(4).fill_(9)
+    assert rank.one([], [other.copy(3, 4, 5)]).ok
+    assert (other.slot(5)[: GQA.block_bytes] == 9).all()
+
+
+def test_copies_in_flight_keep_the_arena_they_were_asked_for(stored: tuple[Arena, np.ndarray], make_rank: type[Rank], folder: Path) -> None:
+    arena, block = stored
+    num_mapped = num_mappings(arena.path)
+    rank = make_rank(GQA, 1, 0, arena)
+    assert num_mappings(arena.path) > num_mapped
+    checksums = checksums_of(block, GQA)
+    other = Arena(folder / "other", GQA.block_bytes)
+    first = [arena.copy(copy_id, 1 + copy_id % 7, 3, checksums) for copy_id in range(300)]
+    rank.copier.submit(first, [])
+    rank.copier.attach(other.spec)
+    rank.copier.submit([other.copy(1000, 1, 3, checksums)], [])
+    results = rank.wait(301)
+    assert results[:300] == [CopyResult(copy_id, True, b"") for copy_id in range(300)]
+    assert results[300] == CopyResult(1000, False, b"", "checksum")
+    deadline_s = time.monotonic() + 10
+    while num_mappings(arena.path) != num_mapped:  # let go just after the last result
+        assert time.monotonic() < deadline_s, "the rank still holds the old arena"
+
+
+def num_mappings(path: Path) -> int:
+    """How often this process maps the file or has it open."""
+    num_open = sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(path) for fd in os.listdir("/proc/self/fd"))
+    return num_open + sum(line.endswith(str(path)) for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_loads_do_not_wait_behind_saves_and_a_full_queue_says_busy(
+    stored: tuple[Arena, np.ndarray], make_rank: type[Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena, block = stored
+    rank = make_rank(GQA, 1, 0, arena, num_load_threads=2, max_queued_batches=4)
+    digest = xxhash.xxh3_64_intdigest
+    gate = os.eventfd(0)
+
+    def digest_of_saves_waits(data: bytes) -> int:
+        if threading.current_thread().name == "saves":
+            os.eventfd_read(gate)
+            os.eventfd_write(gate, 1)
+        return digest(data)
+
+    monkeypatch.setattr("workers.kv.transfer.xxhash.xxh3_64_intdigest", digest_of_saves_waits)
+    rank.copier.submit([], [arena.copy(copy_id, 2, 4) for copy_id in range(7 * MAX_BATCH)])
+    busy = rank.wait(2 * MAX_BATCH)  # one batch may be under way and four in the queue
+    assert {result.reason for result in busy} == {"busy"}
+    assert len(busy) % MAX_BATCH == 0
+    assert rank.one([arena.copy(100, 1, 3, checksums_of(block, GQA))]).ok
+    os.eventfd_write(gate, 1)
+    assert all(result.ok for result in rank.wait(7 * MAX_BATCH - len(busy)))
+    os.close(gate)
+
+
+def test_closing_with_copies_in_the_queue(stored: tuple[Arena, np.ndarray]) -> None:
+    arena, block = stored
+    num_mapped = num_mappings(arena.path)
+    rank = Rank(GQA, 1, 0, arena)
+    rank.copier.submit([arena.copy(copy_id, 1, 3, checksums_of(block, GQA)) for copy_id in range(5000)], [])
+    rank.copier.close()
+    assert not any(thread.is_alive() for thread in rank.copier._threads)
+    assert num_mappings(arena.path) == num_mapped
+
+
+def test_an_error_in_a_copy_thread_reaches_the_rank(stored: tuple[Arena, np.ndarray], make_rank: type[Rank]) -> None:
+    arena, block = stored
+    rank = make_rank(GQA, 1, 0, arena)
+    rank.copier.submit([arena.copy(1, NUM_PAGES, 3, checksums_of(block, GQA))], [])  # there is no such page
+    with pytest.raises(RuntimeError, match="copying pages failed: IndexError"):
+        rank.wait(1)
+
+
+def test_random_copies_against_a_naive_model(folder: Path, make_rank: type[Rank]) -> None:
+    draw = random.Random(7)
+    arena = Arena(folder / "arena", MLA.block_bytes)
+    ranks = [make_rank(MLA, 2, rank, arena) for rank in range(2)]
+    stored: dict[int, np.ndarray] = {}
+    for turn in range(150):
+        slot, page = draw.randrange(NUM_SLOTS), draw.randrange(1, NUM_PAGES)
+        if draw.random() < 0.5 or slot not in stored:
+            block = random_block(MLA, turn)
+            for rank in ranks:
+                rank.write(page, part_of(block, rank.layout))
+            results = [rank.one([], [arena.copy(turn, page, slot)]) for rank in ranks]
+            assert b"".join(result.checksums for result in results) == checksums_of(block, MLA)
+            stored[slot] = block
+        else:
+            block = stored[slot]
+            checksums = checksums_of(block, MLA)
+            wrong = draw.random() < 0.3
+            if wrong:
+                checksums = bytes(8) + checksums[8:]
+            for rank in ranks:
+                result = rank.one([arena.copy(turn, page, slot, checksums)])
+                assert result.ok is not wrong
+                assert wrong or rank.page(page).tobytes() == block.tobytes()
+
+
+@needs_cuda
+@pytest.mark.gpu
+def test_saves_wait_for_the_forward_pass_and_loads_do_not(stored: tuple[Arena, np.ndarray]) -> None:
+    arena, block = stored
+    rank = Rank(GQA, 1, 0, arena, torch.device("cuda"))
+    busy = torch.randn(8192, 8192, device="cuda")
+    busy = busy @ busy / 100
+    rank.pool.page_bytes(2).fill_(1)  # a kernel's first launch waits for those before it
+    assert rank.one([arena.copy(0, 1, 3, checksums_of(block, GQA))]).ok
+    torch.cuda.synchronize()
+    for _ in range(100):  # about a second of work before the page is written
+        busy = busy @ busy / 100
+    rank.pool.page_bytes(2).fill_(7)
+    rank.copier.submit([arena.copy(1, 1, 3, checksums_of(block, GQA))], [arena.copy(2, 2, 4), arena.copy(3, 2, 5, within_s=0.01)])
+    assert rank.wait(1) == [CopyResult(1, True, b"")]
+    assert not torch.cuda.current_stream().query(), "the load waited for the forward pass"
+    saved, late = rank.wait(2)
+    assert saved.ok
+    assert (arena.slot(4)[: GQA.block_bytes] == 7).all()
+    assert late == CopyResult(3, False, b"", "deadline"), "its slot would have been touched after the deadline"
+    rank.copier.close()
+
+
+@needs_cuda
+@pytest.mark.gpu
+def test_slots_across_registrations_of_an_arena(folder: Path) -> None:
+    store = Layout("gqa", 0, 16, "bfloat16", 8, (128, 2, 16, 128))  # 8 MiB a block
+    arena = Arena(folder / "arena", store.block_bytes)
+    rank = Rank(store, 1, 0, arena, torch.device("cuda"))
+    block = random_block(store, 5)
+    for offset in (0, REGISTER_BYTES - 4096 * 100):  # the second spans two
+        rank.write(1, block)
+        saved = rank.one([], [arena.copy(1, 1, 0)._replace(offset=offset)])
+        assert saved == CopyResult(1, True, checksums_of(block, store))
+        assert rank.one([arena.copy(2, 2, 0, saved.checksums)._replace(offset=offset)]).ok
+        assert rank.page(2).tobytes() == block.tobytes()
+    assert rank.copier._mapping._registered == {0: True, 1: True}
+    rank.copier.close()
+
+
+def test_pieces_never_cross_a_registration() -> None:
+    draw = random.Random(2)
+    assert pieces_of(5, 9) == [(5, 9)]
+    assert pieces_of(REGISTER_BYTES, REGISTER_BYTES + 1) == [(REGISTER_BYTES, REGISTER_BYTES + 1)]
+    for _ in range(200):
+        start = draw.randrange(3 * REGISTER_BYTES)
+        stop = start + draw.randrange(1, 2 * REGISTER_BYTES)
+        pieces = pieces_of(start, stop)
+        assert [pieces[0][0], pieces[-1][1]] == [start, stop]
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(pieces))
+        assert all(first // REGISTER_BYTES == (last - 1) // REGISTER_BYTES for first, last in pieces)

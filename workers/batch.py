@@ -1,0 +1,266 @@
+"""The rows a rank is working on. Plans bring deltas; everything that lasts longer than a step is kept here by slot.
+
+Lengths are known on the host without asking the device: a step that samples adds one token, whichever it is. Sampled tokens themselves
+stay on the device: `last_tokens` feeds the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from workers.attention.base import AttentionBatch
+from workers.noise import split_seed
+from workers.sampler import Draws, Penalties
+from workers.step import NewRow, SamplingSettings, StepPlan
+
+
+class Mirror:
+    """An array on the host and its copy on the device; on the CPU they are the same memory."""
+
+    def __init__(self, shape: Sequence[int], dtype: type[np.generic], device: torch.device) -> None:
+        self.host = np.zeros(shape, dtype)
+        self.device = torch.from_numpy(self.host).to(device)
+        self._is_shared = device.type == "cpu"
+
+    def set(self, index: np.ndarray, values: np.ndarray) -> None:
+        """Assigns along the first dimension."""
+        self.host[index] = values
+        if not self._is_shared:
+            self.device[torch.from_numpy(index).to(self.device.device)] = torch.from_numpy(self.host[index]).to(self.device.device)
+
+
+class PromptScores(NamedTuple):
+    """Prompt positions of one row whose logprobs this step makes."""
+
+    plan_row: int
+    num_best: int
+    tokens: range  # of the step: their logits score the targets
+    targets: np.ndarray  # int64 token ids
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step, ready to run."""
+
+    attention: AttentionBatch
+    ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    started_pages: torch.Tensor  # int64: begun but not filled by this step
+    sampled_plan_rows: np.ndarray  # [S] rows that sample, as rows of the plan
+    sampled_slots: np.ndarray  # [S]
+    sampled_tokens: torch.Tensor  # [S] int64: the tokens of the step whose logits they sample from
+    output_positions: np.ndarray  # [S] output tokens before the new one
+    prompt_scores: list[PromptScores]
+
+
+class Batch:
+    """Slots for up to `max_num_seqs` rows. Plans must be consistent: an unknown row or an overfull batch is the engine's bug."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._block_size = block_size
+        self._slots: dict[int, int] = {}
+        self._free = list(range(max_num_seqs))[::-1]
+        self._known_tokens: list[np.ndarray] = [np.empty(0, np.uint32)] * max_num_seqs  # as of admission
+        self._num_known = np.zeros(max_num_seqs, np.int64)
+        self._num_computed = np.zeros(max_num_seqs, np.int64)
+        self._num_prompt = np.zeros(max_num_seqs, np.int64)
+        self._num_pages = np.zeros(max_num_seqs, np.int64)
+        self._block_table = Mirror((max_num_seqs, -(-max_model_len // block_size)), np.int64, device)
+        self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.sampling = SamplingSlots(max_num_seqs, vocab_size, device)
+
+    def apply(self, plan: StepPlan) -> StepInput | None:
+        """Takes the plan's deltas and lays out its step; None when no row runs."""
+        for row_id in plan.rows_out:
+            slot = self._slots.pop(row_id)
+            self._free.append(slot)
+            self._known_tokens[slot] = np.empty(0, np.uint32)
+            self.sampling.release(slot)
+        if plan.rows_in:
+            self._admit(plan.rows_in)
+        if not plan.rows:
+            return None
+        slots = np.fromiter((self._slots[row.row_id] for row in plan.rows), np.int64, len(plan.rows))
+        self._append_pages([(slot, row.new_pages) for slot, row in zip(slots.tolist(), plan.rows, strict=True) if row.new_pages])
+        num_queries = np.fromiter((row.num_query_tokens for row in plan.rows), np.int64, len(plan.rows))
+        return self._lay_out(slots, num_queries)
+
+    def _admit(self, rows: list[NewRow]) -> None:
+        slots = []
+        for row in rows:
+            assert row.row_id not in self._slots, f"row {row.row_id} is in the batch already"
+            slot = self._slots[row.row_id] = self._free.pop()
+            tokens = self._known_tokens[slot] = np.frombuffer(row.token_ids, "<u4")
+            self._num_known[slot] = len(tokens)
+            self._num_computed[slot] = row.num_computed_tokens
+            self._num_prompt[slot] = row.num_prompt_tokens
+            self._num_pages[slot] = 0
+            slots.append(slot)
+        index = np.array(slots, np.int64)
+        self._block_table.set(index, np.zeros((len(rows), 1), np.int64))
+        self._append_pages([(slot, row.pages) for slot, row in zip(slots, rows, strict=True) if row.pages])
+        last = np.array([self._known_tokens[slot][-1] for slot in slots], np.int64)
+        self.last_tokens[torch.from_numpy(index).to(self._device)] = torch.from_numpy(last).to(self._device)
+        self.sampling.admit(slots, rows, self._known_tokens)
+
+    def _append_pages(self, added: list[tuple[int, list[int]]]) -> None:
+        if not added:
+            return
+        rows: list[int] = []
+        columns: list[int] = []
+        pages: list[int] = []
+        for slot, new_pages in added:
+            first = int(self._num_pages[slot])
+            rows += [slot] * len(new_pages)
+            columns += range(first, first + len(new_pages))
+            pages += new_pages
+            self._num_pages[slot] = first + len(new_pages)
+        host = self._block_table.host
+        host[rows, columns] = pages
+        if self._device.type != "cpu":
+            flat = torch.tensor(rows) * host.shape[1] + torch.tensor(columns)
+            self._block_table.device.view(-1)[flat.to(self._device)] = torch.tensor(pages).to(self._device)
+
+    def _lay_out(self, slots: np.ndarray, num_queries: np.ndarray) -> StepInput:
+        is_decode = (num_queries == 1) & (self._num_computed[slots] == self._num_known[slots] - 1)
+        # Decode rows first, those of like length together; then the others by number of query tokens.
+        order = np.lexsort((self._num_computed[slots], num_queries, ~is_decode))
+        slots, num_queries, num_decode = slots[order], num_queries[order], int(is_decode.sum())
+        before = self._num_computed[slots]
+        after = before + num_queries
+        assert (after <= self._num_known[slots]).all(), "a row would compute tokens that it does not have"
+        assert (after <= self._num_pages[slots] * self._block_size).all(), "a row would write beyond its pages"
+        starts = np.concatenate(([0], np.cumsum(num_queries)))
+        positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - before, num_queries)
+        blocks, offsets = np.divmod(positions, self._block_size)
+        pages = self._block_table.host[np.repeat(slots, num_queries), blocks]
+        host_ids = [self._known_tokens[slots[row]][before[row] : after[row]] for row in range(num_decode, len(slots))]
+        sampled = np.flatnonzero(after == self._num_known[slots])
+        last_block = (after - 1) // self._block_size
+        is_started = (last_block > (before - 1) // self._block_size) & (after % self._block_size != 0)
+        started = self._block_table.host[slots[is_started], last_block[is_started]]
+        device_slots, device_ids, device_positions, device_pages, device_offsets, device_after, sampled_tokens, started_pages = self._send(
+            slots, np.concatenate([np.empty(0, np.uint32), *host_ids]), positions, pages, offsets, after, starts[sampled + 1] - 1, started
+        )
+        max_blocks = int(last_block.max()) + 1
+        step = StepInput(
+            attention=AttentionBatch(
+                num_decode_rows=num_decode,
+                query_starts=starts.tolist(),
+                seq_lens=after.tolist(),
+                device_seq_lens=device_after,
+                block_table=self._block_table.device[device_slots, :max_blocks],
+                pages=device_pages,
+                offsets=device_offsets,
+            ),
+            ids=torch.cat((self.last_tokens[device_slots[:num_decode]], device_ids)),
+            positions=device_positions,
+            started_pages=started_pages,
+            sampled_plan_rows=order[sampled],
+            sampled_slots=slots[sampled],
+            sampled_tokens=sampled_tokens,
+            output_positions=self._num_known[slots[sampled]] - self._num_prompt[slots[sampled]],
+            prompt_scores=self._prompt_scores(slots, order, before, after, starts),
+        )
+        self._num_computed[slots] = after
+        self._num_known[slots[sampled]] += 1
+        return step
+
+    def _prompt_scores(
+        self, slots: np.ndarray, order: np.ndarray, before: np.ndarray, after: np.ndarray, starts: np.ndarray
+    ) -> list[PromptScores]:
+        scores = []
+        for row in np.flatnonzero(self.sampling.wants_prompt_logprobs[slots]):
+            slot = int(slots[row])
+            settings = self.sampling.settings[slot]
+            assert settings.num_prompt_logprobs is not None
+            first = max(int(before[row]), settings.prompt_logprobs_start - 1, 0)
+            last = min(int(after[row]), int(self._num_prompt[slot]) - 1)
+            if first < last:
+                shift = int(starts[row] - before[row])
+                targets = self._known_tokens[slot][first + 1 : last + 1].astype(np.int64)
+                scores.append(PromptScores(int(order[row]), settings.num_prompt_logprobs, range(first + shift, last + shift), targets))
+        return scores
+
+    def _send(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """The arrays as int64 on the device, with one copy for all of them."""
+        if self._device.type == "cpu":
+            return [torch.from_numpy(array.astype(np.int64, copy=False)) for array in arrays]
+        packed = torch.from_numpy(np.concatenate([array.astype(np.int64, copy=False) for array in arrays])).pin_memory()
+        return list(packed.to(self._device, non_blocking=True).split([len(array) for array in arrays]))
+
+
+class SamplingSlots:
+    """Sampling settings by slot, and the token counts of those rows that are penalised."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._vocab_size = vocab_size
+        self.settings = [SamplingSettings()] * num_slots
+        self._floats = Mirror((num_slots, 6), np.float32, device)  # temperature, min_p, top_p, repetition, presence, frequency
+        self._ints = Mirror((num_slots, 3), np.int32, device)  # top_k, seed words
+        self.wants_prompt_logprobs = np.zeros(num_slots, bool)
+        self._is_penalised = np.zeros(num_slots, bool)
+        self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # slot -> in prompt [V] bool, output counts [V] int32
+
+    def admit(self, slots: list[int], rows: list[NewRow], known_tokens: list[np.ndarray]) -> None:
+        floats, ints = [], []
+        for slot, row in zip(slots, rows, strict=True):
+            s = self.settings[slot] = row.sampling
+            floats.append((s.temperature, s.min_p, s.top_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty))
+            ints.append((min(s.top_k, self._vocab_size), *split_seed(s.seed)))
+            self.wants_prompt_logprobs[slot] = s.num_prompt_logprobs is not None
+            self._is_penalised[slot] = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+            if self._is_penalised[slot]:
+                prompt, output = (known_tokens[slot][part] for part in (slice(row.num_prompt_tokens), slice(row.num_prompt_tokens, None)))
+                in_prompt = np.zeros(self._vocab_size, bool)
+                in_prompt[prompt] = True
+                counts = np.bincount(output, minlength=self._vocab_size).astype(np.int32)
+                self._counts[slot] = (torch.from_numpy(in_prompt).to(self._device), torch.from_numpy(counts).to(self._device))
+        index = np.array(slots, np.int64)
+        self._floats.set(index, np.array(floats, np.float32))
+        self._ints.set(index, np.array(ints, np.int32))
+
+    def release(self, slot: int) -> None:
+        self._counts.pop(slot, None)
+
+    def is_plain_greedy(self, slots: np.ndarray) -> bool:
+        """Whether the largest logit is the answer for all of them."""
+        return not self._floats.host[slots, 0].any() and not self._is_penalised[slots].any()
+
+    def draws(self, slots: np.ndarray, output_positions: np.ndarray) -> Draws:
+        index = torch.from_numpy(slots).to(self._device)
+        floats, ints = self._floats.device[index], self._ints.device[index]
+        host = self._floats.host[slots]
+        return Draws(
+            temperature=floats[:, 0],
+            min_p=floats[:, 1],
+            top_p=floats[:, 2],
+            top_k=ints[:, 0].long(),
+            seeds=ints[:, 1:],
+            positions=torch.from_numpy(output_positions.astype(np.int32)).to(self._device),
+            max_top_k=int(self._ints.host[slots, 0].max()),
+            any_top_p=bool((host[:, 2] < 1).any()),
+            any_min_p=bool((host[:, 1] > 0).any()),
+        )
+
+    def penalised_rows(self, slots: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(self._is_penalised[slots])
+
+    def penalties(self, slots: np.ndarray) -> Penalties:
+        """Of slots that are all penalised."""
+        floats = self._floats.device[torch.from_numpy(slots).to(self._device)]
+        in_prompt, counts = zip(*(self._counts[slot] for slot in slots.tolist()), strict=True)
+        return Penalties(floats[:, 3], floats[:, 4], floats[:, 5], torch.stack(in_prompt), torch.stack(counts))
+
+    def count(self, slots: np.ndarray, tokens: torch.Tensor) -> None:
+        """Adds the sampled tokens to the counts of the penalised rows among `slots`."""
+        for row in self.penalised_rows(slots).tolist():
+            counts = self._counts[int(slots[row])][1]
+            counts.index_add_(0, tokens[row : row + 1], torch.ones(1, dtype=torch.int32, device=counts.device))

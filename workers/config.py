@@ -1,0 +1,23 @@
+"""What a rank is told once, before it loads its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Parsed by `runtime.config`, sent to every rank of a group unchanged. What it learns comes back in GroupInfo."""
+
+    model: str  # folder with config.json
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"  # "auto": the checkpoint's on CUDA, float32 on the CPU; else float32, bfloat16 or float16
+    load_format: str = "safetensors"  # or "dummy": weights are a function of parameter name and seed
+    seed: int = 0  # of dummy weights
+    device: str = "auto"  # "auto": cuda where there is one; else "cpu" or "cuda"
+    attention_backend: str = "auto"  # key of workers.attention.BACKENDS
+    block_size: int | None = None  # tokens; None: 16 for GQA, 64 for MLA
+    kv_memory_bytes: int = 1 << 30  # per rank
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None  # None: what the checkpoint says

@@ -1,0 +1,83 @@
+"""How keys and values lie in a rank's pages, and how a page relates to a stored block. Imports no torch.
+
+GQA   page  [max(1, kv_heads / tp), layers, 2, block_size, head_dim]    block [kv_heads, layers, 2, block_size, head_dim]   part: a head
+MLA   page  [layers, block_size, kv_lora_rank + rope_dim]               block: the same, once                               part: a layer
+
+A page is a run of consecutive parts of its block, so a block written at one tensor-parallel size is read at another without conversion.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cache_store.keys import DTYPE_BYTES, Layout
+from workers.models.config import ModelConfig, check_tensor_parallel
+
+DEFAULT_BLOCK_SIZE = {"gqa": 16, "mla": 64}  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """One rank's part of a block. Parts are counted in the stored block; the written parts of all ranks are disjoint and together all."""
+
+    store: Layout
+    tensor_parallel_size: int
+    rank: int
+    page_shape: tuple[int, ...]
+    dtype: str  # key of DTYPE_BYTES
+    first_part: int
+    num_parts: int
+    first_written_part: int
+    num_written_parts: int  # 0 on a rank that only shares another's head
+
+    @property
+    def page_bytes(self) -> int:
+        return math.prod(self.page_shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def block_size(self) -> int:
+        return self.store.block_size
+
+
+def page_layout(config: ModelConfig, *, block_size: int | None, dtype: str, tensor_parallel_size: int, rank: int) -> PageLayout:
+    """The layout of `rank`. UnsupportedConfig when the heads cannot be split so."""
+    check_tensor_parallel(config, tensor_parallel_size)
+    block_size = block_size or DEFAULT_BLOCK_SIZE[config.codec]
+    make = _mla_layout if config.mla else _gqa_layout
+    return make(config, block_size, dtype, tensor_parallel_size, rank)
+
+
+def _gqa_layout(config: ModelConfig, block_size: int, dtype: str, tp: int, rank: int) -> PageLayout:
+    part_shape = (config.num_layers, 2, block_size, config.head_dim)
+    num_heads = max(1, config.num_kv_heads // tp)
+    ranks_per_head = max(1, tp // config.num_kv_heads)
+    first = rank * config.num_kv_heads // tp
+    return PageLayout(
+        store=Layout("gqa", 0, block_size, dtype, config.num_kv_heads, part_shape),
+        tensor_parallel_size=tp,
+        rank=rank,
+        page_shape=(num_heads, *part_shape),
+        dtype=dtype,
+        first_part=first,
+        num_parts=num_heads,
+        first_written_part=first,
+        num_written_parts=num_heads if rank % ranks_per_head == 0 else 0,
+    )
+
+
+def _mla_layout(config: ModelConfig, block_size: int, dtype: str, tp: int, rank: int) -> PageLayout:
+    assert config.mla
+    part_shape = (block_size, config.mla.kv_lora_rank + config.mla.rope_dim)
+    first_written, last_written = (config.num_layers * r // tp for r in (rank, rank + 1))
+    return PageLayout(
+        store=Layout("mla", 0, block_size, dtype, config.num_layers, part_shape),
+        tensor_parallel_size=tp,
+        rank=rank,
+        page_shape=(config.num_layers, *part_shape),
+        dtype=dtype,
+        first_part=0,
+        num_parts=config.num_layers,
+        first_written_part=first_written,
+        num_written_parts=last_written - first_written,
+    )

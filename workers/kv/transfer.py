@@ -1,0 +1,310 @@
+"""Moves one rank's parts of blocks between pages and slots of the store's arena, on threads beside the forward pass.
+
+A slot may be taken away and given to another block at any time, so a copy trusts nothing but what it checks: the slot's generation word
+before the first byte and after the last, and for a load the xxh3-64 of every part it read. A load that fails leaves garbage in its page,
+which nobody reads: the page enters no batch before its copy was reported good.
+
+    threads   copies          wait for
+    loads     slot -> page    nothing: the engine names only pages that no launched step touches
+    saves     page -> slot    on CUDA, the forward passes launched before; so they have threads of their own, and no load waits behind them
+
+Hashing bounds the speed, at 5 to 10 GB/s a thread where it runs from memory: hence several threads, each with its own CUDA stream. (xxhash
+lets go of the interpreter's lock for parts over 100 KB only; smaller ones are hashed one at a time.)
+
+The forward pass needs no event to see loaded pages: a copy is reported after its DMA is done, and a plan that reads the page is made
+after that report. Saves on the CPU need none either: a plan is executed before its saves are queued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import struct
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+
+from workers.kv.mapping import ArenaMapping, pieces_of
+from workers.step import ArenaSpec, BlockCopy, CopyResult
+
+if TYPE_CHECKING:
+    from workers.kv.layout import PageLayout
+    from workers.kv.pool import PagePool
+
+log = logging.getLogger(__name__)
+
+MAX_BATCH = 16  # copies that a thread starts before it waits for the first
+MAX_QUEUED_BATCHES = 4096  # of each kind
+_JOIN_TIMEOUT_S = 10.0
+_CHECKSUM_BYTES = 8
+
+
+class _Batch(NamedTuple):
+    copies: list[BlockCopy]
+    mapping: ArenaMapping | None  # None: there was no arena
+    event: Any  # CUDA event after which the pages may be read
+
+
+class _Span(NamedTuple):
+    """Consecutive parts that this rank copies: where they lie in the page and in the slot, in bytes."""
+
+    first_part: int
+    num_parts: int
+    page_start: int
+    slot_start: int
+    num_bytes: int
+
+
+class Mover(Protocol):
+    """Copies bytes one way, for one thread."""
+
+    def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None: ...
+
+    def finish(self) -> None:
+        """Returns once all that was started is in place."""
+        ...
+
+
+class HostMover:
+    """Pages in host memory. numpy's copies let go of the interpreter's lock."""
+
+    def __init__(self, pool: PagePool, *, is_save: bool) -> None:
+        self._pool = pool
+        self._is_save = is_save
+
+    def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None:
+        for copy in copies:
+            page = np.asarray(self._pool.page_bytes(copy.page))[span.page_start : span.page_start + span.num_bytes]
+            slot = mapping.data[copy.offset + span.slot_start :][: span.num_bytes]
+            source, target = (page, slot) if self._is_save else (slot, page)
+            np.copyto(target, source)
+
+    def finish(self) -> None:
+        pass
+
+
+class CudaMover:
+    """Pages on the GPU: DMA on a stream of its own, from and to arena memory that CUDA knows."""
+
+    def __init__(self, pool: PagePool, *, is_save: bool) -> None:
+        import torch
+
+        self._torch = torch
+        self._pool = pool
+        self._is_save = is_save
+        torch.cuda.set_device(pool.tensor.device)
+        self._stream = torch.cuda.Stream(pool.tensor.device)
+
+    def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None:
+        with self._torch.cuda.stream(self._stream):
+            for copy in copies:
+                page = self._pool.page_bytes(copy.page)
+                first = copy.offset + span.slot_start
+                mapping.register(first, first + span.num_bytes)
+                for start, stop in pieces_of(first, first + span.num_bytes):
+                    slot = self._torch.from_numpy(mapping.data[start:stop])
+                    part = page[span.page_start + start - first : span.page_start + stop - first]
+                    source, target = (part, slot) if self._is_save else (slot, part)
+                    target.copy_(source, non_blocking=True)
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+
+
+class PageCopier:
+    """Copies for one rank. `submit` queues; when `fileno()` is readable, `results` has something. One thread owns all calls."""
+
+    def __init__(
+        self, pool: PagePool, layout: PageLayout, *, num_load_threads: int | None = None, max_queued_batches: int = MAX_QUEUED_BATCHES
+    ) -> None:
+        self._pool = pool
+        self._on_cuda = bool(getattr(pool.tensor, "is_cuda", False))
+        self._store = layout.store
+        self._mapping: ArenaMapping | None = None
+        self._done: deque[CopyResult] = deque()
+        self._failure: Exception | None = None
+        self._closing = False
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        num_loaders = num_load_threads or _num_load_threads(self._on_cuda)
+        self._loads = _Lane(self._span(layout, layout.first_part, layout.num_parts), False, num_loaders, max_queued_batches)
+        written = self._span(layout, layout.first_written_part, layout.num_written_parts)
+        self._saves = _Lane(written, True, max(1, num_loaders // 4), max_queued_batches)
+        self._threads = [
+            threading.Thread(target=self._serve, args=(lane,), name="saves" if lane.is_save else "loads", daemon=True)
+            for lane in (self._loads, self._saves)
+            for _ in range(lane.num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _span(self, layout: PageLayout, first_part: int, num_parts: int) -> _Span:
+        part_bytes = self._store.part_bytes
+        return _Span(first_part, num_parts, (first_part - layout.first_part) * part_bytes, first_part * part_bytes, num_parts * part_bytes)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def attach(self, spec: ArenaSpec) -> None:
+        """Copies submitted from now on mean this arena; those before keep theirs. One that cannot be mapped fails them as "arena"."""
+        old, self._mapping = self._mapping, None
+        if old is not None:
+            old.retire()
+        try:
+            self._mapping = ArenaMapping(spec)
+        except OSError as error:
+            log.warning("cannot map the arena, so copies will fail: %s", error)
+
+    def submit(self, loads: list[BlockCopy], saves: list[BlockCopy]) -> None:
+        """Queues copies. Saves read what the forward passes launched so far by this thread will have written."""
+        event = None
+        if saves and self._on_cuda:
+            import torch
+
+            event = torch.cuda.Event(blocking=True)  # its waiters sleep
+            event.record(torch.cuda.current_stream(self._pool.tensor.device))
+        for lane, copies in ((self._loads, loads), (self._saves, saves)):
+            size = min(MAX_BATCH, -(-len(copies) // lane.num_threads)) or 1
+            for start in range(0, len(copies), size):
+                batch = _Batch(copies[start : start + size], self._mapping.use() if self._mapping else None, event)
+                try:
+                    lane.batches.put_nowait(batch)
+                except queue.Full:
+                    self._report([_failed(copy, "busy") for copy in batch.copies])
+                    _let_go(batch)
+
+    def results(self) -> list[CopyResult]:
+        """Copies finished since the last call. RuntimeError when a copy thread has ended."""
+        if self._failure is not None:
+            raise RuntimeError(f"copying pages failed: {self._failure!r}") from self._failure
+        if not self._done:
+            return []
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+        results = []
+        while self._done:
+            results.append(self._done.popleft())
+        return results
+
+    def close(self) -> None:
+        """Lets running copies end, drops queued ones and unmaps the arena. Idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        for lane in (self._loads, self._saves):
+            with contextlib.suppress(queue.Full):
+                lane.batches.put_nowait(None)  # only to wake a thread that waits: a full queue does that too
+        for thread in self._threads:
+            thread.join(_JOIN_TIMEOUT_S)
+        for lane in (self._loads, self._saves):
+            while not lane.batches.empty():
+                if batch := lane.batches.get_nowait():
+                    _let_go(batch)
+        if self._mapping is not None:
+            self._mapping.retire()
+            self._mapping = None
+        if not any(thread.is_alive() for thread in self._threads):  # else one may still write to it
+            os.close(self._fd)
+
+    def _report(self, results: list[CopyResult]) -> None:
+        self._done.extend(results)
+        os.eventfd_write(self._fd, 1)
+
+    def _serve(self, lane: _Lane) -> None:
+        """A copy thread. An error that is not a copy's own ends the rank, by way of `results`."""
+        try:
+            mover = (CudaMover if self._on_cuda else HostMover)(self._pool, is_save=lane.is_save)
+            while (batch := lane.batches.get()) is not None and not self._closing:
+                try:
+                    results = self._run(batch, mover, lane)
+                finally:
+                    _let_go(batch)
+                self._report(results)
+            if batch is not None:
+                _let_go(batch)
+            else:
+                lane.batches.put_nowait(None)  # for the next thread of the lane
+        except Exception as error:
+            log.exception("a copy thread has ended")
+            self._failure = error
+            self._report([])
+
+    def _run(self, batch: _Batch, mover: Mover, lane: _Lane) -> list[CopyResult]:
+        if batch.event is not None:
+            batch.event.synchronize()  # here and not on the stream: the deadline counts when a slot would be touched
+        results = []
+        started = []
+        for copy in batch.copies:
+            if reason := self._why_not(copy, batch.mapping):
+                results.append(_failed(copy, reason))
+            else:
+                started.append(copy)
+        if not started:
+            return results
+        assert batch.mapping
+        if lane.span.num_parts:
+            mover.start(started, batch.mapping, lane.span)
+        if lane.is_save:
+            mover.finish()  # the slots hold what is hashed below
+        hashes = [self._hash(copy, batch.mapping, lane.span) for copy in started]  # of loads, beside the DMA
+        if not lane.is_save:
+            mover.finish()
+        for copy, column in zip(started, hashes, strict=True):
+            results.append(self._judge(copy, batch.mapping, lane, column))
+        return results
+
+    def _why_not(self, copy: BlockCopy, mapping: ArenaMapping | None) -> str:
+        """Why a copy cannot start; empty when it can."""
+        if time.monotonic() > copy.deadline_s:
+            return "deadline"
+        if mapping is None or not mapping.holds(copy.offset, self._store.block_bytes) or not mapping.is_whole():
+            return "arena"
+        return "" if mapping.generation(copy.offset) == copy.generation else "generation"
+
+    def _hash(self, copy: BlockCopy, mapping: ArenaMapping, span: _Span) -> bytes:
+        """xxh3-64 of the span's parts as they are in the slot, little-endian."""
+        first = copy.offset + span.slot_start
+        parts = mapping.data[first : first + span.num_bytes].data
+        size = self._store.part_bytes
+        hashes = [xxhash.xxh3_64_intdigest(parts[start : start + size]) for start in range(0, span.num_bytes, size)]
+        return struct.pack(f"<{len(hashes)}Q", *hashes)
+
+    def _judge(self, copy: BlockCopy, mapping: ArenaMapping, lane: _Lane, hashes: bytes) -> CopyResult:
+        """Last of all the generation word: the same as before means that copy and hash saw one block's bytes."""
+        if mapping.generation(copy.offset) != copy.generation:
+            return _failed(copy, "generation")
+        if lane.is_save:
+            return CopyResult(copy.copy_id, True, hashes)
+        first = lane.span.first_part * _CHECKSUM_BYTES
+        if copy.checksums[first : first + len(hashes)] != hashes:
+            return _failed(copy, "checksum")
+        return CopyResult(copy.copy_id, True, b"")
+
+
+class _Lane:
+    """One direction: its bounded queue, and what each copy moves. None in the queue ends the threads, one after the other."""
+
+    def __init__(self, span: _Span, is_save: bool, num_threads: int, max_queued_batches: int) -> None:
+        self.span = span
+        self.is_save = is_save
+        self.num_threads = num_threads
+        self.batches: queue.Queue[_Batch | None] = queue.Queue(max_queued_batches)
+
+
+def _num_load_threads(on_cuda: bool) -> int:
+    """Enough for hashing to keep up with the link to a GPU; on the CPU the cores belong to the forward pass."""
+    return max(2, min(8, (os.cpu_count() or 1) // 2)) if on_cuda else 2
+
+
+def _failed(copy: BlockCopy, reason: str) -> CopyResult:
+    return CopyResult(copy.copy_id, False, b"", reason)
+
+
+def _let_go(batch: _Batch) -> None:
+    if batch.mapping is not None:
+        batch.mapping.release()

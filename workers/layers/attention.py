@@ -1,0 +1,50 @@
+"""Grouped-query attention: projections and rope around a backend that keeps keys and values.
+
+T tokens, H hidden, N query heads, K key-value heads, M = N + 2K, D dimensions of a head
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from workers.attention.base import AttentionBackend
+from workers.layers.linear import ColumnLinear, RowLinear
+from workers.layers.norm import RmsNorm
+from workers.layers.parameter import Placement, Share
+from workers.layers.rotary import rotate_
+from workers.models.config import ModelConfig
+
+
+class GqaAttention(nn.Module):
+    """Heads split over the ranks. With more ranks than key-value heads, neighbouring ranks compute the same head."""
+
+    def __init__(self, config: ModelConfig, layer: int, placement: Placement, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self._layer = layer
+        self._head_dim = config.head_dim
+        heads, kv_heads = placement.share(config.num_heads), kv_head_share(config, placement)
+        self._num_heads, self._num_kv_heads = heads.size, kv_heads.size
+        q, kv = (Share(s.total * config.head_dim, s.start * config.head_dim, s.stop * config.head_dim) for s in (heads, kv_heads))
+        self.qkv_proj = ColumnLinear(placement, config.hidden_size, [q, kv, kv], bias=config.attention_bias)
+        self.o_proj = RowLinear(placement, q, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = RmsNorm(placement, config.head_dim, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = RmsNorm(placement, config.head_dim, config.rms_norm_eps) if qk_norm else None
+
+    def forward(self, x_TH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], backend: AttentionBackend) -> torch.Tensor:
+        qkv_TMD = self.qkv_proj(x_TH).view(x_TH.shape[0], -1, self._head_dim)
+        q_TND, kv_TKD = qkv_TMD.split([self._num_heads, 2 * self._num_kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            k_TKD = kv_TKD[:, : self._num_kv_heads]
+            q_TND.copy_(self.q_norm(q_TND))
+            k_TKD.copy_(self.k_norm(k_TKD))
+        rotate_(qkv_TMD[:, : self._num_heads + self._num_kv_heads], *rope)
+        backend.write_gqa(self._layer, kv_TKD)
+        return self.o_proj(backend.gqa(self._layer, q_TND).flatten(1))
+
+
+def kv_head_share(config: ModelConfig, placement: Placement) -> Share:
+    """The key-value heads of this rank: an equal share, or one head that neighbours also have."""
+    tp, rank = placement.comm.world_size, placement.comm.rank
+    first = rank * config.num_kv_heads // tp
+    return Share(config.num_kv_heads, first, first + max(1, config.num_kv_heads // tp))

@@ -1,0 +1,71 @@
+"""Linear layers, whole or split over the ranks of a group.
+
+T tokens, I inputs, O outputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from workers.layers.parameter import Part, Placement, Share
+
+
+class ColumnLinear(nn.Module):
+    """One or more projections of the same input, kept as one weight [sum of shares, I]. No communication: with whole shares it is a
+    replicated layer, with split shares each rank computes its own outputs."""
+
+    def __init__(self, placement: Placement, num_inputs: int, shares: Sequence[Share], *, bias: Sequence[bool] | bool = False) -> None:
+        super().__init__()
+        self.sizes = [share.size for share in shares]
+        num_outputs = sum(self.sizes)
+        has_bias = [bias] * len(shares) if isinstance(bias, bool) else list(bias)
+        matrix_parts, bias_parts = [], []
+        start = 0
+        for share, biased in zip(shares, has_bias, strict=True):
+            source, target = slice(share.start, share.stop), slice(start, start + share.size)
+            matrix_parts.append(Part((share.total, num_inputs), (source, slice(0, num_inputs)), (target, slice(0, num_inputs))))
+            if biased:
+                bias_parts.append(Part((share.total,), (source,), (target,)))
+            start += share.size
+        self.weight = placement.matrix((num_outputs, num_inputs), matrix_parts)
+        self.bias = placement.weight((num_outputs,), bias_parts) if any(has_bias) else None
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_TI, self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """A projection whose inputs are split over the ranks; the partial outputs are summed by one all-reduce, then the bias is added."""
+
+    def __init__(self, placement: Placement, share: Share, num_outputs: int, *, bias: bool = False, reduce: bool = True) -> None:
+        super().__init__()
+        source = (slice(0, num_outputs), slice(share.start, share.stop))
+        target = (slice(0, num_outputs), slice(0, share.size))
+        self.weight = placement.matrix((num_outputs, share.size), [Part((num_outputs, share.total), source, target)])
+        self.bias = placement.whole((num_outputs,)) if bias else None
+        self._comm = placement.comm
+        self._reduce = reduce  # False: the caller adds other partial sums first and reduces once
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        out_TO = F.linear(x_TI, self.weight)
+        if self._reduce:
+            out_TO = self._comm.all_reduce(out_TO)
+        return out_TO if self.bias is None else out_TO + self.bias
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)), split over the intermediate size."""
+
+    def __init__(self, placement: Placement, hidden_size: int, intermediate_size: int, *, bias: bool = False, reduce: bool = True) -> None:
+        super().__init__()
+        share = placement.share(intermediate_size)
+        self.gate_up_proj = ColumnLinear(placement, hidden_size, [share, share], bias=bias)
+        self.down_proj = RowLinear(placement, share, hidden_size, bias=bias, reduce=reduce)
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        gate_TI, up_TI = self.gate_up_proj(x_TH).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate_TI).mul_(up_TI))

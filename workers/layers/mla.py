@@ -1,0 +1,101 @@
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1): pages hold one normed latent and one rotated rope key per token.
+
+Two exact forms over the same pages. Absorbed: queries are taken into the latent space, keys and values are the latents. Plain: latents
+are projected up to keys and values per head. Per query-key pair the absorbed form costs more, but the plain one first projects every key.
+
+T tokens, H hidden, N heads on this rank, D = nope + rope dimensions of a query, C latent, P = latent + rope, V value dimensions
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from workers.attention.base import AttentionBackend
+from workers.layers.linear import ColumnLinear, RowLinear
+from workers.layers.norm import RmsNorm
+from workers.layers.parameter import Placement, Share, whole
+from workers.layers.rotary import rotate_, rotate_pairs
+from workers.models.config import ModelConfig
+
+_LATENT_NORM_EPS = 1e-6  # transformers leaves these two norms at their class default, whatever rms_norm_eps says
+
+
+class MlaAttention(nn.Module):
+    """Heads split over the ranks; the latent is computed by each."""
+
+    def __init__(self, config: ModelConfig, layer: int, placement: Placement) -> None:
+        super().__init__()
+        assert config.mla
+        mla = self._mla = config.mla
+        self._layer = layer
+        self.absorb: bool | None = None  # None: whichever is cheaper per row
+        heads = placement.share(config.num_heads)
+        self._num_heads = heads.size
+        query_dim, up_dim, latent = mla.nope_dim + mla.rope_dim, mla.nope_dim + mla.v_dim, mla.kv_lora_rank + mla.rope_dim
+        queries, ups, values = (Share(heads.total * d, heads.start * d, heads.stop * d) for d in (query_dim, up_dim, mla.v_dim))
+        bias = config.attention_bias
+        if mla.q_lora_rank is None:
+            self.q_proj = ColumnLinear(placement, config.hidden_size, [queries])
+            self.kv_a_proj_with_mqa = ColumnLinear(placement, config.hidden_size, [whole(latent)], bias=bias)
+        else:
+            self.qkv_a_proj = ColumnLinear(placement, config.hidden_size, [whole(mla.q_lora_rank), whole(latent)], bias=bias)
+            self.q_a_layernorm = RmsNorm(placement, mla.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = ColumnLinear(placement, mla.q_lora_rank, [queries])
+        self.kv_a_layernorm = RmsNorm(placement, mla.kv_lora_rank, _LATENT_NORM_EPS)
+        self.kv_b_proj = ColumnLinear(placement, mla.kv_lora_rank, [ups])
+        self.o_proj = RowLinear(placement, values, config.hidden_size, bias=bias)
+
+    def forward(self, x_TH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], backend: AttentionBackend) -> torch.Tensor:
+        q_TND, latent_TP = self._project(x_TH)
+        self._rotate(q_TND, latent_TP, rope)
+        backend.write_mla(self._layer, latent_TP)
+        num_absorbed_rows = self._num_absorbed_rows(backend)
+        rows = range(backend.batch.num_rows)
+        first_plain = backend.batch.query_starts[num_absorbed_rows]
+        parts = []
+        if num_absorbed_rows:
+            parts.append(self._absorbed(q_TND[:first_plain], rows[:num_absorbed_rows], backend))
+        if num_absorbed_rows < len(rows):
+            up_OC = self.kv_b_proj.weight
+            parts.append(backend.mla_plain(self._layer, q_TND[first_plain:], up_OC, self._mla.v_dim, rows[num_absorbed_rows:]))
+        return self.o_proj((torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1))
+
+    def _project(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._mla.q_lora_rank is None:
+            q, latent_TP = self.q_proj(x_TH), self.kv_a_proj_with_mqa(x_TH)
+        else:
+            q_a, latent_TP = self.qkv_a_proj(x_TH).split(self.qkv_a_proj.sizes, dim=1)
+            q = self.q_b_proj(self.q_a_layernorm(q_a))
+        return q.unflatten(1, (self._num_heads, -1)), latent_TP
+
+    def _rotate(self, q_TND: torch.Tensor, latent_TP: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Norms the latent, rotates both rope parts; in place."""
+        latent_TC, key_TR = latent_TP.split([self._mla.kv_lora_rank, self._mla.rope_dim], dim=1)
+        latent_TC.copy_(self.kv_a_layernorm(latent_TC))
+        for x_TND in (q_TND[..., self._mla.nope_dim :], key_TR.unsqueeze(1)):
+            if self._mla.rope_interleave:
+                x_TND.copy_(rotate_pairs(x_TND, *rope))
+            else:
+                rotate_(x_TND, *rope)
+
+    def _num_absorbed_rows(self, backend: AttentionBackend) -> int:
+        """Rows come in ascending number of queries; those up to the break-even of the two forms' multiplications per key are absorbed."""
+        batch = backend.batch
+        if self.absorb is not None:
+            return batch.num_rows if self.absorb else 0
+        mla = self._mla
+        projection = mla.kv_lora_rank * (mla.nope_dim + mla.v_dim)
+        extra_per_query = 2 * mla.kv_lora_rank - mla.nope_dim - mla.v_dim
+        count = batch.num_decode_rows
+        while count < batch.num_rows and batch.num_queries(count) * extra_per_query <= projection:
+            count += 1
+        return count
+
+    def _absorbed(self, q_TND: torch.Tensor, rows: range, backend: AttentionBackend) -> torch.Tensor:
+        nope_dim = self._mla.nope_dim
+        up_NOC = self.kv_b_proj.weight.view(self._num_heads, -1, self._mla.kv_lora_rank)
+        q_NTC = torch.bmm(q_TND[..., :nope_dim].transpose(0, 1), up_NOC[:, :nope_dim])
+        q_TNP = torch.cat((q_NTC.transpose(0, 1), q_TND[..., nope_dim:]), dim=-1)
+        out_TNC = backend.mla_absorbed(self._layer, q_TNP, rows)
+        return torch.bmm(out_TNC.transpose(0, 1), up_NOC[:, nope_dim:].transpose(1, 2)).transpose(0, 1)

@@ -1,0 +1,95 @@
+"""Routed and shared experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), as transformers computes them.
+
+T tokens, H hidden, E experts, G groups of experts, K experts per token, I intermediate size on this rank
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from workers.layers.linear import GatedMlp
+from workers.layers.parameter import Part, Placement
+from workers.models.config import MoeConfig
+
+
+class Router(nn.Module):
+    """Chooses experts by sigmoid scores plus a correction bias, inside the best groups; weights come from the scores alone. Float32."""
+
+    def __init__(self, moe: MoeConfig, hidden_size: int, placement: Placement) -> None:
+        super().__init__()
+        self._moe = moe
+        self.weight = placement.whole((moe.num_experts, hidden_size), torch.float32)
+        self.e_score_correction_bias = placement.whole((moe.num_experts,), torch.float32)
+
+    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts [T, K] (int64) and their weights [T, K]."""
+        moe = self._moe
+        scores_TE = F.linear(x_TH.float(), self.weight).sigmoid()
+        choice_TE = scores_TE + self.e_score_correction_bias
+        if moe.num_groups > 1:
+            choice_TGE = choice_TE.unflatten(1, (moe.num_groups, -1))
+            groups_TG = choice_TGE.topk(2, dim=-1).values.sum(-1)
+            kept = groups_TG.topk(moe.num_groups_per_token, dim=-1).indices
+            dropped_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, kept, False)
+            choice_TE = choice_TGE.masked_fill(dropped_TG[..., None], float("-inf")).flatten(1)
+        experts_TK = choice_TE.topk(moe.num_experts_per_token, dim=-1).indices
+        weights_TK = scores_TE.gather(1, experts_TK)
+        if moe.normalise_weights:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return experts_TK, weights_TK * moe.scaling_factor
+
+
+class Experts(nn.Module):
+    """All routed experts, each split over its intermediate size; returns this rank's partial sum."""
+
+    def __init__(self, moe: MoeConfig, hidden_size: int, placement: Placement) -> None:
+        super().__init__()
+        share = placement.share(moe.intermediate_size)
+        total, size, mine = share.total, share.size, slice(share.start, share.stop)
+        rows, hidden = slice(0, size), slice(0, hidden_size)
+        gate_up_parts, down_parts = [], []
+        for expert in range(moe.num_experts):
+            gate_up_parts.append(Part((total, hidden_size), (mine, hidden), (expert, rows, hidden)))
+            gate_up_parts.append(Part((total, hidden_size), (mine, hidden), (expert, slice(size, 2 * size), hidden)))
+            down_parts.append(Part((hidden_size, total), (hidden, mine), (expert, hidden, rows)))
+        self.gate_up_proj = placement.matrix((moe.num_experts, 2 * size, hidden_size), gate_up_parts)
+        self.down_proj = placement.matrix((moe.num_experts, hidden_size, size), down_parts)
+
+    def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        num_tokens, num_chosen = experts_TK.shape
+        flat = experts_TK.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=len(self.gate_up_proj)).tolist()
+        sorted_in = x_TH[order // num_chosen]
+        sorted_out = torch.empty_like(sorted_in)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count == 0:
+                continue
+            rows = slice(start, start + count)
+            gate, up = F.linear(sorted_in[rows], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            sorted_out[rows] = F.linear(F.silu(gate).mul_(up), self.down_proj[expert])
+            start += count
+        # Undo the sort and add up per token: unlike adding by index, this sums in one order every time.
+        out_TKH = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out).view(num_tokens, num_chosen, -1)
+        return (out_TKH * weights_TK[..., None].to(out_TKH.dtype)).sum(1)
+
+
+class MoeMlp(nn.Module):
+    """Routed experts plus one shared MLP that every token takes; one all-reduce for both."""
+
+    def __init__(self, moe: MoeConfig, hidden_size: int, placement: Placement) -> None:
+        super().__init__()
+        self._comm = placement.comm
+        self.gate = Router(moe, hidden_size, placement)
+        self.experts = Experts(moe, hidden_size, placement)
+        shared_size = moe.num_shared_experts * moe.intermediate_size
+        self.shared_experts = GatedMlp(placement, hidden_size, shared_size, reduce=False) if shared_size else None
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        out_TH = self.experts(x_TH, *self.gate(x_TH))
+        if self.shared_experts is not None:
+            out_TH = out_TH + self.shared_experts(x_TH)
+        return self._comm.all_reduce(out_TH)
