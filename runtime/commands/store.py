@@ -6,7 +6,6 @@ import os
 
 from cache_store.config import StoreConfig
 from cache_store.server import run_store
-
 from runtime.config import parse_size
 from runtime.errors import DeploymentError
 

@@ -17,7 +17,6 @@ from runtime.loop import LoopThread
 
 if TYPE_CHECKING:
     from cache_store.config import StoreConfig
-
     from runtime.engine.config import EngineConfig
     from runtime.frontdoor.config import FrontDoorConfig
     from runtime.routing.types import Membership

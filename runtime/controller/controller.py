@@ -14,7 +14,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cache_store.config import StoreConfig
-
 from runtime.controller import placement
 from runtime.controller.ray_cluster import CONTROLLER, actor_names, find_actor, kill_actor, remove_everything
 from runtime.controller.remote_call import RemoteCall, RemoteCallFailed

@@ -12,7 +12,6 @@ from runtime.controller.spec import DeploymentSpec
 
 if TYPE_CHECKING:
     from cache_store.config import StoreConfig
-
     from runtime.frontdoor.config import FrontDoorConfig
 
 # A rank on the CPU shares the cores with everything else: it reserves next to nothing, so that more ranks than cores can be placed.
