@@ -36,7 +36,7 @@ class ServeSettings:
     replicas: int = 1
     tensor_parallel_size: int = 1
     policy: str = "prefix_affinity"
-    kv_memory: int = 1 << 30  # per rank
+    kv_memory: int | None = None  # per rank; None: 1 GiB on the CPU, what the card has to spare on CUDA
     store_memory: int = 1 << 30  # per node; 0: no store
     host: str = "127.0.0.1"
     port: int = 50051  # 0 picks one

@@ -1,14 +1,17 @@
 """The rows a rank is working on. Plans bring deltas; everything that lasts longer than a step is kept here by slot.
 
 Lengths are known on the host without asking the device: a step that samples adds one token, whichever it is. Sampled tokens themselves
-stay on the device: `last_tokens` feeds the next step.
+stay on the device: `last_tokens` feeds the next step. Nothing here waits for the device: what it needs is copied from pinned memory.
+
+A step of decode rows alone may run as a captured graph. Then it is padded to a captured size with rows that write to the null page, and its
+numbers go to the addresses that the graph reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +19,13 @@ import torch
 from workers.attention.base import AttentionBatch
 from workers.noise import split_seed
 from workers.sampler import Draws, Penalties
-from workers.step import NewRow, SamplingSettings, StepPlan
+from workers.step import NULL_PAGE, NewRow, SamplingSettings, StepPlan
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device (on the CPU: the same memory) that does not wait for what the device is doing."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Mirror:
@@ -31,7 +40,30 @@ class Mirror:
         """Assigns along the first dimension."""
         self.host[index] = values
         if not self._is_shared:
-            self.device[torch.from_numpy(index).to(self.device.device)] = torch.from_numpy(self.host[index]).to(self.device.device)
+            device = self.device.device
+            self.device[to_device(index, device)] = to_device(self.host[index], device)
+
+
+class GraphInputs:
+    """Where a captured graph of `size` decode rows reads its step: int64 words, one column per row, then the rows' pages as int32."""
+
+    def __init__(self, size: int, max_pages: int, null_slot: int, device: torch.device) -> None:
+        self.size = size
+        self._words = torch.zeros(5 * size + -(-max_pages // 2), dtype=torch.int64, device=device)
+        self.slots, self.positions, self.pages, self.offsets, self.seq_lens = self._words[: 5 * size].view(5, size).unbind()
+        self.kv_pages = self._words[5 * size :].view(torch.int32)
+        self.slots.fill_(null_slot)
+        self.seq_lens.fill_(1)
+
+    def fill(self, columns: Sequence[np.ndarray], kv_pages: np.ndarray) -> None:
+        """`columns` in the order of the attributes, each of `size`."""
+        words = np.concatenate([*columns, _as_words(kv_pages)])
+        self._words[: len(words)].copy_(torch.from_numpy(words).pin_memory(), non_blocking=True)
+
+
+def _as_words(values: np.ndarray) -> np.ndarray:
+    """int32 values as int64 words, two in each."""
+    return np.concatenate((values, np.zeros(len(values) % 2, np.int32))).view(np.int64)
 
 
 class PromptScores(NamedTuple):
@@ -55,14 +87,20 @@ class StepInput:
     sampled_slots: np.ndarray  # [S]
     sampled_tokens: torch.Tensor  # [S] int64: the tokens of the step whose logits they sample from
     output_positions: np.ndarray  # [S] output tokens before the new one
+    sampled_device_slots: torch.Tensor  # [S] int64
     prompt_scores: list[PromptScores]
+    graph: GraphInputs | None = None  # the captured graph to run; ids, positions and the attention's tensors are its own then
 
 
 class Batch:
     """Slots for up to `max_num_seqs` rows. Plans must be consistent: an unknown row or an overfull batch is the engine's bug."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device) -> None:
+        self.max_blocks = -(-max_model_len // block_size)
+        self.null_slot = max_num_seqs  # of padding
+        self.graphs: list[GraphInputs] = []  # captured sizes, ascending
         self._device = device
+        self._on_cuda = device.type == "cuda"
         self._block_size = block_size
         self._slots: dict[int, int] = {}
         self._free = list(range(max_num_seqs))[::-1]
@@ -71,8 +109,8 @@ class Batch:
         self._num_computed = np.zeros(max_num_seqs, np.int64)
         self._num_prompt = np.zeros(max_num_seqs, np.int64)
         self._num_pages = np.zeros(max_num_seqs, np.int64)
-        self._block_table = Mirror((max_num_seqs, -(-max_model_len // block_size)), np.int64, device)
-        self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._block_table = Mirror((max_num_seqs, self.max_blocks), np.int64, device)
+        self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self.sampling = SamplingSlots(max_num_seqs, vocab_size, device)
 
     def apply(self, plan: StepPlan) -> StepInput | None:
@@ -106,7 +144,7 @@ class Batch:
         self._block_table.set(index, np.zeros((len(rows), 1), np.int64))
         self._append_pages([(slot, row.pages) for slot, row in zip(slots, rows, strict=True) if row.pages])
         last = np.array([self._known_tokens[slot][-1] for slot in slots], np.int64)
-        self.last_tokens[torch.from_numpy(index).to(self._device)] = torch.from_numpy(last).to(self._device)
+        self.last_tokens[to_device(index, self._device)] = to_device(last, self._device)
         self.sampling.admit(slots, rows, self._known_tokens)
 
     def _append_pages(self, added: list[tuple[int, list[int]]]) -> None:
@@ -123,9 +161,9 @@ class Batch:
             self._num_pages[slot] = first + len(new_pages)
         host = self._block_table.host
         host[rows, columns] = pages
-        if self._device.type != "cpu":
-            flat = torch.tensor(rows) * host.shape[1] + torch.tensor(columns)
-            self._block_table.device.view(-1)[flat.to(self._device)] = torch.tensor(pages).to(self._device)
+        if self._on_cuda:
+            flat = np.array(rows, np.int64) * host.shape[1] + np.array(columns, np.int64)
+            self._block_table.device.view(-1)[to_device(flat, self._device)] = to_device(np.array(pages, np.int64), self._device)
 
     def _lay_out(self, slots: np.ndarray, num_queries: np.ndarray) -> StepInput:
         is_decode = (num_queries == 1) & (self._num_computed[slots] == self._num_known[slots] - 1)
@@ -140,37 +178,100 @@ class Batch:
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - before, num_queries)
         blocks, offsets = np.divmod(positions, self._block_size)
         pages = self._block_table.host[np.repeat(slots, num_queries), blocks]
-        host_ids = [self._known_tokens[slots[row]][before[row] : after[row]] for row in range(num_decode, len(slots))]
         sampled = np.flatnonzero(after == self._num_known[slots])
-        last_block = (after - 1) // self._block_size
-        is_started = (last_block > (before - 1) // self._block_size) & (after % self._block_size != 0)
-        started = self._block_table.host[slots[is_started], last_block[is_started]]
-        device_slots, device_ids, device_positions, device_pages, device_offsets, device_after, sampled_tokens, started_pages = self._send(
-            slots, np.concatenate([np.empty(0, np.uint32), *host_ids]), positions, pages, offsets, after, starts[sampled + 1] - 1, started
-        )
-        max_blocks = int(last_block.max()) + 1
+        scores = self._prompt_scores(slots, order, before, after, starts)
+        graph = self._graph_for(len(slots)) if num_decode == len(slots) and not scores else None
+        lay_out = self._lay_out_graph if graph is not None else self._lay_out_eager
         step = StepInput(
-            attention=AttentionBatch(
-                num_decode_rows=num_decode,
-                query_starts=starts.tolist(),
-                seq_lens=after.tolist(),
-                device_seq_lens=device_after,
-                block_table=self._block_table.device[device_slots, :max_blocks],
-                pages=device_pages,
-                offsets=device_offsets,
-            ),
-            ids=torch.cat((self.last_tokens[device_slots[:num_decode]], device_ids)),
-            positions=device_positions,
-            started_pages=started_pages,
+            **lay_out(graph, slots, num_decode, before, after, starts, positions, pages, offsets, sampled),
             sampled_plan_rows=order[sampled],
             sampled_slots=slots[sampled],
-            sampled_tokens=sampled_tokens,
             output_positions=self._num_known[slots[sampled]] - self._num_prompt[slots[sampled]],
-            prompt_scores=self._prompt_scores(slots, order, before, after, starts),
+            prompt_scores=scores,
+            graph=graph,
         )
         self._num_computed[slots] = after
         self._num_known[slots[sampled]] += 1
         return step
+
+    def _graph_for(self, num_rows: int) -> GraphInputs | None:
+        """The smallest captured size that holds so many rows."""
+        return next((graph for graph in self.graphs if graph.size >= num_rows), None)
+
+    def _lay_out_eager(
+        self, _graph: None, slots: np.ndarray, num_decode: int, before: np.ndarray, after: np.ndarray, starts: np.ndarray,
+        positions: np.ndarray, pages: np.ndarray, offsets: np.ndarray, sampled: np.ndarray,
+    ) -> dict[str, Any]:  # fmt: skip
+        host_ids = [self._known_tokens[slots[row]][before[row] : after[row]] for row in range(num_decode, len(slots))]
+        last_block = (after - 1) // self._block_size
+        is_started = (last_block > (before - 1) // self._block_size) & (after % self._block_size != 0)
+        started = self._block_table.host[slots[is_started], last_block[is_started]]
+        kv_starts, kv_pages = self._kv_pages(slots, last_block) if self._on_cuda else (None, np.empty(0, np.int32))
+        device = self._send(
+            slots, np.concatenate([np.empty(0, np.uint32), *host_ids]), positions, pages, offsets, after, starts[sampled + 1] - 1, started,
+            slots[sampled], _as_words(kv_pages),
+        )  # fmt: skip
+        device_slots, device_ids, device_positions, device_pages, device_offsets, device_after, sampled_tokens, started_pages = device[:8]
+        attention = AttentionBatch(
+            num_decode_rows=num_decode,
+            query_starts=starts.tolist(),
+            seq_lens=after.tolist(),
+            device_seq_lens=device_after,
+            block_table=self._block_table.device[device_slots, : int(last_block.max()) + 1],
+            pages=device_pages,
+            offsets=device_offsets,
+            kv_pages=device[9].view(torch.int32)[: len(kv_pages)] if self._on_cuda else None,
+            kv_starts=kv_starts,
+        )
+        return {
+            "attention": attention,
+            "ids": torch.cat((self.last_tokens[device_slots[:num_decode]], device_ids)),
+            "positions": device_positions,
+            "started_pages": started_pages,
+            "sampled_tokens": sampled_tokens,
+            "sampled_device_slots": device[8],
+        }
+
+    def _lay_out_graph(
+        self, graph: GraphInputs, slots: np.ndarray, num_decode: int, before: np.ndarray, after: np.ndarray, starts: np.ndarray,
+        positions: np.ndarray, pages: np.ndarray, offsets: np.ndarray, sampled: np.ndarray,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Decode rows alone, all of which sample. Padding: one token at the start of the null page."""
+        padding = graph.size - len(slots)
+        kv_starts, kv_pages = self._kv_pages(slots, before // self._block_size)
+        kv_starts = np.concatenate((kv_starts, kv_starts[-1] + np.arange(1, padding + 1, dtype=np.int32)))
+        kv_pages = np.concatenate((kv_pages, np.full(padding, NULL_PAGE, np.int32)))
+        columns = [
+            np.concatenate((values, np.full(padding, filler, np.int64)))
+            for values, filler in ((slots, self.null_slot), (positions, 0), (pages, NULL_PAGE), (offsets, 0), (after, 1))
+        ]
+        graph.fill(columns, kv_pages)
+        attention = AttentionBatch(
+            num_decode_rows=graph.size,
+            query_starts=range(graph.size + 1),
+            seq_lens=columns[4],
+            device_seq_lens=graph.seq_lens,
+            block_table=self._block_table.device,  # no backend with graphs reads it
+            pages=graph.pages,
+            offsets=graph.offsets,
+            kv_pages=graph.kv_pages[: len(kv_pages)],
+            kv_starts=kv_starts,
+        )
+        return {
+            "attention": attention,
+            "ids": graph.slots,  # the graph looks the tokens up
+            "positions": graph.positions,
+            "started_pages": graph.slots[:0],  # flashinfer's kernels never read behind a row's end
+            "sampled_tokens": graph.slots[:0],
+            "sampled_device_slots": graph.slots[: len(slots)],
+        }
+
+    def _kv_pages(self, slots: np.ndarray, last_block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pages of some slots up to their last block, one row after the other, and where each row's begin; int32."""
+        counts = last_block + 1
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        columns = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+        return starts, self._block_table.host[np.repeat(slots, counts), columns].astype(np.int32)
 
     def _prompt_scores(
         self, slots: np.ndarray, order: np.ndarray, before: np.ndarray, after: np.ndarray, starts: np.ndarray
@@ -190,7 +291,7 @@ class Batch:
 
     def _send(self, *arrays: np.ndarray) -> list[torch.Tensor]:
         """The arrays as int64 on the device, with one copy for all of them."""
-        if self._device.type == "cpu":
+        if not self._on_cuda:
             return [torch.from_numpy(array.astype(np.int64, copy=False)) for array in arrays]
         packed = torch.from_numpy(np.concatenate([array.astype(np.int64, copy=False) for array in arrays])).pin_memory()
         return list(packed.to(self._device, non_blocking=True).split([len(array) for array in arrays]))
@@ -222,7 +323,7 @@ class SamplingSlots:
                 in_prompt = np.zeros(self._vocab_size, bool)
                 in_prompt[prompt] = True
                 counts = np.bincount(output, minlength=self._vocab_size).astype(np.int32)
-                self._counts[slot] = (torch.from_numpy(in_prompt).to(self._device), torch.from_numpy(counts).to(self._device))
+                self._counts[slot] = (to_device(in_prompt, self._device), to_device(counts, self._device))
         index = np.array(slots, np.int64)
         self._floats.set(index, np.array(floats, np.float32))
         self._ints.set(index, np.array(ints, np.int32))
@@ -235,7 +336,7 @@ class SamplingSlots:
         return not self._floats.host[slots, 0].any() and not self._is_penalised[slots].any()
 
     def draws(self, slots: np.ndarray, output_positions: np.ndarray) -> Draws:
-        index = torch.from_numpy(slots).to(self._device)
+        index = to_device(slots, self._device)
         floats, ints = self._floats.device[index], self._ints.device[index]
         host = self._floats.host[slots]
         return Draws(
@@ -244,7 +345,7 @@ class SamplingSlots:
             top_p=floats[:, 2],
             top_k=ints[:, 0].long(),
             seeds=ints[:, 1:],
-            positions=torch.from_numpy(output_positions.astype(np.int32)).to(self._device),
+            positions=to_device(output_positions.astype(np.int32), self._device),
             max_top_k=int(self._ints.host[slots, 0].max()),
             any_top_p=bool((host[:, 2] < 1).any()),
             any_min_p=bool((host[:, 1] > 0).any()),
@@ -255,7 +356,7 @@ class SamplingSlots:
 
     def penalties(self, slots: np.ndarray) -> Penalties:
         """Of slots that are all penalised."""
-        floats = self._floats.device[torch.from_numpy(slots).to(self._device)]
+        floats = self._floats.device[to_device(slots, self._device)]
         in_prompt, counts = zip(*(self._counts[slot] for slot in slots.tolist()), strict=True)
         return Penalties(floats[:, 3], floats[:, 4], floats[:, 5], torch.stack(in_prompt), torch.stack(counts))
 

@@ -17,7 +17,9 @@ class WorkerConfig:
     device: str = "auto"  # "auto": cuda where there is one; else "cpu" or "cuda"
     attention_backend: str = "auto"  # key of workers.attention.BACKENDS
     block_size: int | None = None  # tokens; None: 16 for GQA, 64 for MLA
-    kv_memory_bytes: int = 1 << 30  # per rank
+    kv_memory_bytes: int | None = None  # per rank; None: 1 GiB on the CPU, what the card has to spare on CUDA
+    gpu_memory_utilization: float = 0.9  # of the card, for weights and pages together, where kv_memory_bytes is None
+    cuda_graphs: bool = True  # decode steps as captured graphs
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None  # None: what the checkpoint says

@@ -83,7 +83,12 @@ class EchoRunner:
         }
         progress("echo", 1, 1)
 
-    def execute(self, plan: StepPlan) -> list[RowResult]:
+    is_asynchronous = False
+
+    def launch(self, plan: StepPlan) -> StepPlan:
+        return plan
+
+    def collect(self, plan: StepPlan) -> list[RowResult]:
         row_ids = [row.row_id for row in plan.rows]
         none = [None] * len(row_ids)
         return build_rows(RowResult, [row_ids, [[row_id] for row_id in row_ids], none, none])

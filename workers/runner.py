@@ -1,19 +1,23 @@
 """One rank's share of a model: weights, pages and the batch. Runs plans and answers with tokens.
 
+    launch    deltas -> layout -> forward pass -> sampling, all queued on the device        the next plan may be launched behind it
+    collect   waits for the step's tokens, and makes rows of them
+
 T tokens of a step, S rows that sample, V vocabulary
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from cache_store.keys import DTYPE_BYTES
 from workers.attention.base import AttentionShape, make_backend
-from workers.batch import Batch, StepInput
+from workers.batch import Batch, StepInput, to_device
 from workers.config import WorkerConfig
 from workers.digest import dummy_digest
 from workers.errors import NotEnoughMemory, UnsupportedConfig
@@ -29,8 +33,20 @@ from workers.step import ALL_LOGPROBS, RowResult, StepPlan
 from workers.weights import Progress, dummy_weights, load_weights
 
 _MAX_PAGES = 1 << 20  # the engine keeps a record per page
+_CPU_KV_BYTES = 1 << 30
 _MAX_SCORED_ELEMENTS = 1 << 26  # of prompt logits at once
 Logprobs = list[list[tuple[int, float]]] | bytes
+
+
+class LaunchedStep(NamedTuple):
+    """A step on its way. Tokens and logprobs are read once the event, if any, has come."""
+
+    row_ids: list[int]
+    sampled_rows: list[int]  # rows of the plan that sample
+    tokens: torch.Tensor  # [S] int64 on the host
+    event: Any  # torch.cuda.Event; None on the CPU
+    logprobs: dict[int, Callable[[], Logprobs]]  # by row of the plan
+    prompt_logprobs: dict[int, Callable[[], Logprobs]]
 
 
 class Runner:
@@ -48,15 +64,21 @@ class Runner:
             tensor_parallel_size=comm.world_size,
             rank=comm.rank,
         )
-        num_pages = _num_pages(config, self.layout, self.max_model_len)
         placement = Placement(comm, getattr(torch, dtype), device)
         self._comm = comm
+        self._vocab_size = model_config.vocab_size
         self._model = _build_model(config, model_config, placement, self.max_model_len, progress)
-        self.pool = PagePool(self.layout, num_pages, device)
+        self.pool = PagePool(self.layout, _num_pages(config, self.layout, self.max_model_len, device), device)
+        num_pages = self.pool.num_pages
         shape = _attention_shape(model_config, self.layout, comm.world_size)
         self._backend = make_backend(config.attention_backend, shape, self.pool)
         self._batch = Batch(config.max_num_seqs, self.max_model_len, self.layout.block_size, model_config.vocab_size, device)
-        self._vocab_size = model_config.vocab_size
+        self._graphs: DecodeGraphs | None = None
+        if device.type == "cuda" and self._backend.has_graphs and config.cuda_graphs:
+            from workers.graphs import DecodeGraphs
+
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(self._model, self._backend, self._batch, config.max_num_seqs, progress)
         digest_input = model_config.block_digest_input()
         self.info_fields: dict[str, Any] = {  # of GroupInfo, all but pids
             "num_pages": num_pages,
@@ -69,76 +91,125 @@ class Runner:
             "compute_dtype": dtype,
         }
 
-    @torch.inference_mode()
+    @property
+    def is_asynchronous(self) -> bool:
+        return self.pool.tensor.is_cuda
+
     def execute(self, plan: StepPlan) -> list[RowResult]:
+        """Launches a step and collects it."""
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         """Rows out, rows in, one forward pass, sampling. Every rank samples the same tokens; only rank 0 fills in logprobs. Loads and saves
-        are the caller's."""
+        are the caller's. On CUDA it returns before the device is done."""
+        row_ids = [row.row_id for row in plan.rows]
         step = self._batch.apply(plan)
         if step is None:
-            return []
-        if len(step.started_pages):
-            # A page's earlier tenant may have left NaN or infinity, which a masked weight of 0 would still spread.
-            self.pool.tensor.index_fill_(0, step.started_pages, 0)
-        self._backend.begin(step.attention)
-        hidden_TH = self._model(step.ids, step.positions, self._backend)
-        prompt_logprobs = self._score_prompts(step, hidden_TH)
-        tokens, logprobs = self._sample(step, hidden_TH)
-        rows_of = dict(zip(step.sampled_plan_rows.tolist(), tokens, strict=True))
+            return LaunchedStep(row_ids, [], torch.empty(0, dtype=torch.int64), None, {}, {})
+        logits_SV, prompt_logprobs = self._forward(step)
+        tokens_S, logprobs = self._sample(step, logits_SV)
+        event = None
+        if tokens_S.is_cuda:
+            tokens_S = torch.empty(tokens_S.shape, dtype=tokens_S.dtype, pin_memory=True).copy_(tokens_S, non_blocking=True)
+            event = torch.cuda.Event(blocking=False)
+            event.record()
+        return LaunchedStep(row_ids, step.sampled_plan_rows.tolist(), tokens_S, event, logprobs, prompt_logprobs)
+
+    @torch.inference_mode()
+    def collect(self, launched: LaunchedStep) -> list[RowResult]:
+        """Waits for the device. May be called on another thread than `launch`, in the order of the launches."""
+        if launched.event is not None:
+            launched.event.synchronize()
+        row_ids, sampled_rows, tokens, _, logprobs, prompt_logprobs = launched
+        if not (logprobs or prompt_logprobs) and len(sampled_rows) == len(row_ids):
+            ordered = dict(zip(sampled_rows, tokens.tolist(), strict=True))
+            return [RowResult(row_id, [ordered[index]]) for index, row_id in enumerate(row_ids)]
+        rows_of = dict(zip(sampled_rows, tokens.tolist(), strict=True))
         return [
-            RowResult(row.row_id, [rows_of[index]] if index in rows_of else [], logprobs.get(index), prompt_logprobs.get(index))
-            for index, row in enumerate(plan.rows)
+            RowResult(
+                row_id,
+                [rows_of[index]] if index in rows_of else [],
+                logprobs[index]() if index in logprobs else None,
+                prompt_logprobs[index]() if index in prompt_logprobs else None,
+            )
+            for index, row_id in enumerate(row_ids)
         ]
 
     def close(self) -> None:
         """Frees pages and weights. The communicator belongs to the caller."""
         del self._model, self._backend, self._batch, self.pool
 
-    def _sample(self, step: StepInput, hidden_TH: torch.Tensor) -> tuple[list[int], dict[int, Logprobs]]:
-        """New tokens in the order of `sampled_plan_rows`, and logprobs by row of the plan."""
+    def _forward(self, step: StepInput) -> tuple[torch.Tensor, dict[int, Callable[[], Logprobs]]]:
+        """Logits [S, V] of the rows that sample, and prompt logprobs."""
+        if step.graph is not None:
+            assert self._graphs
+            return self._graphs.replay(step.attention, len(step.sampled_slots)), {}
+        if len(step.started_pages) and self._backend.reads_behind_end:
+            # A page's earlier tenant may have left NaN or infinity, which a masked weight of 0 would still spread.
+            self.pool.tensor.index_fill_(0, step.started_pages, 0)
+        self._backend.begin(step.attention)
+        hidden_TH = self._model(step.ids, step.positions, self._backend)
+        prompt_logprobs = self._score_prompts(step, hidden_TH)
+        if len(step.sampled_slots) == 0:
+            return hidden_TH.new_empty((0, self._vocab_size)), prompt_logprobs
+        return self._model.logits(hidden_TH[step.sampled_tokens]), prompt_logprobs
+
+    def _sample(self, step: StepInput, logits_SV: torch.Tensor) -> tuple[torch.Tensor, dict[int, Callable[[], Logprobs]]]:
+        """New tokens [S] in the order of `sampled_plan_rows`, and logprobs by row of the plan."""
         slots = step.sampled_slots
         if len(slots) == 0:
-            return [], {}
+            return torch.empty(0, dtype=torch.int64), {}
         sampling = self._batch.sampling
-        logits_SV = self._model.logits(hidden_TH[step.sampled_tokens])
         if sampling.is_plain_greedy(slots):
             tokens_S = logits_SV.argmax(-1)
         else:
             tokens_S = draw(self._penalised(logits_SV, slots), sampling.draws(slots, step.output_positions))
             sampling.count(slots, tokens_S)
-        self._batch.last_tokens[torch.from_numpy(slots).to(tokens_S.device)] = tokens_S
-        logprobs: dict[int, Logprobs] = {}
+        self._batch.last_tokens[step.sampled_device_slots] = tokens_S
+        logprobs: dict[int, Callable[[], Logprobs]] = {}
         for row, slot in enumerate(slots.tolist()):
             num_best = sampling.settings[slot].num_logprobs
             if num_best is not None and self._comm.rank == 0:
-                logprobs[int(step.sampled_plan_rows[row])] = _logprobs(logits_SV[row : row + 1], tokens_S[row : row + 1], num_best)
-        return tokens_S.tolist(), logprobs
+                scored = _logprobs(logits_SV[row : row + 1], tokens_S[row : row + 1], num_best)
+                logprobs[int(step.sampled_plan_rows[row])] = scored
+        return tokens_S, logprobs
 
     def _penalised(self, logits_SV: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
         rows = self._batch.sampling.penalised_rows(slots)
         if len(rows) == 0:
             return logits_SV
-        index = torch.from_numpy(rows).to(logits_SV.device)
+        index = to_device(rows, logits_SV.device)
         return logits_SV.index_copy(0, index, penalise(logits_SV[index], self._batch.sampling.penalties(slots[rows])))
 
-    def _score_prompts(self, step: StepInput, hidden_TH: torch.Tensor) -> dict[int, Logprobs]:
+    def _score_prompts(self, step: StepInput, hidden_TH: torch.Tensor) -> dict[int, Callable[[], Logprobs]]:
         """Prompt logprobs by row of the plan. The head runs on every rank, as it is a collective."""
-        scored: dict[int, Logprobs] = {}
+        scored: dict[int, Callable[[], Logprobs]] = {}
         step_tokens = max(1, _MAX_SCORED_ELEMENTS // self._vocab_size)
         for scores in step.prompt_scores:
-            pieces: list[Logprobs] = []
+            pieces: list[Callable[[], Logprobs]] = []
             for start in range(0, len(scores.tokens), step_tokens):
                 tokens = scores.tokens[start : start + step_tokens]
                 logits_TV = self._model.logits(hidden_TH[tokens.start : tokens.stop])
                 if self._comm.rank == 0:
-                    targets = torch.from_numpy(scores.targets[start : start + step_tokens]).to(logits_TV.device)
+                    targets = to_device(scores.targets[start : start + step_tokens], logits_TV.device)
                     pieces.append(_logprobs(logits_TV, targets, scores.num_best))
             if pieces:
-                scored[scores.plan_row] = b"".join(pieces) if isinstance(pieces[0], bytes) else [row for piece in pieces for row in piece]
+                scored[scores.plan_row] = _joined(pieces)
         return scored
 
 
-def _logprobs(logits_SV: torch.Tensor, chosen_S: torch.Tensor, num_best: int) -> Logprobs:
+def _logprobs(logits_SV: torch.Tensor, chosen_S: torch.Tensor, num_best: int) -> Callable[[], Logprobs]:
+    """What reads the logprobs of some positions, once the device has them."""
     return all_logprobs(logits_SV) if num_best == ALL_LOGPROBS else best_logprobs(logits_SV, chosen_S, num_best)
+
+
+def _joined(pieces: list[Callable[[], Logprobs]]) -> Callable[[], Logprobs]:
+    def read() -> Logprobs:
+        parts = [piece() for piece in pieces]
+        return b"".join(parts) if isinstance(parts[0], bytes) else [row for part in parts for row in part]
+
+    return read
 
 
 def _build_model(
@@ -184,13 +255,22 @@ def _max_model_len(config: WorkerConfig, model_config: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _num_pages(config: WorkerConfig, layout: PageLayout, max_model_len: int) -> int:
+def _num_pages(config: WorkerConfig, layout: PageLayout, max_model_len: int, device: torch.device) -> int:
     """As many pages as the memory holds, with the null page; at least those of one request of the longest context."""
-    num_pages = min(config.kv_memory_bytes // layout.page_bytes, _MAX_PAGES)
+    memory_bytes = config.kv_memory_bytes or _default_kv_memory(config, device)
+    num_pages = min(memory_bytes // layout.page_bytes, _MAX_PAGES)
     needed = -(-max_model_len // layout.block_size) + 1
     if num_pages < needed:
         raise NotEnoughMemory(
-            f"--kv-memory of {config.kv_memory_bytes} bytes holds {num_pages} pages, but one request of {max_model_len} tokens needs "
+            f"--kv-memory of {memory_bytes} bytes holds {num_pages} pages, but one request of {max_model_len} tokens needs "
             f"{needed}; give at least {needed * layout.page_bytes} bytes or lower --max-model-len"
         )
     return num_pages
+
+
+def _default_kv_memory(config: WorkerConfig, device: torch.device) -> int:
+    """On the CPU a fixed amount; on CUDA what the weights have left of the card, but for a share that forward passes work in."""
+    if device.type != "cuda":
+        return _CPU_KV_BYTES
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return max(0, free_bytes - int(total_bytes * (1 - config.gpu_memory_utilization)))

@@ -8,6 +8,7 @@ S rows that sample, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -104,15 +105,29 @@ def _bits(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torc
     return mix_(mix_(tokens_V ^ keys[0]).bitwise_xor_(keys[1]))
 
 
-def best_logprobs(logits_SV: torch.Tensor, chosen_S: torch.Tensor, num_best: int) -> list[list[tuple[int, float]]]:
-    """Per row the chosen token's (id, logprob), then those of the `num_best` most likely, from the raw logits. Waits for the device."""
+def best_logprobs(logits_SV: torch.Tensor, chosen_S: torch.Tensor, num_best: int) -> Callable[[], list[list[tuple[int, float]]]]:
+    """Per row the chosen token's (id, logprob), then those of the `num_best` most likely, from the raw logits. Computed now; what is
+    returned reads them, once the device is done."""
     logprobs_SV = logits_SV.float().log_softmax(-1)
     best = logprobs_SV.topk(min(num_best, logprobs_SV.shape[1]), dim=-1)
-    ids = torch.cat((chosen_S[:, None], best.indices), dim=1).tolist()
-    values = torch.cat((logprobs_SV.gather(1, chosen_S[:, None]), best.values), dim=1).tolist()
-    return [list(zip(row_ids, row_values, strict=True)) for row_ids, row_values in zip(ids, values, strict=True)]
+    ids = _to_host(torch.cat((chosen_S[:, None], best.indices), dim=1))
+    values = _to_host(torch.cat((logprobs_SV.gather(1, chosen_S[:, None]), best.values), dim=1))
+
+    def read() -> list[list[tuple[int, float]]]:
+        rows = zip(ids.tolist(), values.tolist(), strict=True)
+        return [list(zip(row_ids, row_values, strict=True)) for row_ids, row_values in rows]
+
+    return read
 
 
-def all_logprobs(logits_SV: torch.Tensor) -> bytes:
-    """The whole log-softmax as little-endian float32 [S, V]. Waits for the device."""
-    return logits_SV.float().log_softmax(-1).cpu().numpy().astype("<f4").tobytes()
+def all_logprobs(logits_SV: torch.Tensor) -> Callable[[], bytes]:
+    """The whole log-softmax as little-endian float32 [S, V]. Computed now, read later."""
+    logprobs_SV = _to_host(logits_SV.float().log_softmax(-1))
+    return lambda: logprobs_SV.numpy().astype("<f4").tobytes()
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is complete once the device has come so far."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

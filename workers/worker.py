@@ -1,7 +1,8 @@
 """One rank's process: connects to its engine, loads a model when told, then executes plans one after the other until the engine goes.
 
 thread    does                                                   ends with
-main      waits for a frame or a finished copy; executes plans   Close, end of stream, or the first error, which it reports
+main      waits for a frame or a finished copy; launches plans   Close, end of stream, or the first error, which it reports
+answers   on CUDA: waits for launched steps, answers them        the model
 copies    pages <-> arena (`workers.kv.transfer`)                the model
 watch     notices that the engine has gone while main is busy    main; ends the process when main does not come back
 
@@ -26,6 +27,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cache_store.processes import process_identity
+from workers.answers import AnswerThread
 from workers.config import WorkerConfig
 from workers.connection import Connection, Disconnected, connect
 from workers.errors import GroupFailed
@@ -85,7 +87,18 @@ class RunnerLike(Protocol):
     pool: Any
     info_fields: dict[str, Any]  # of workers.step.GroupInfo, all but pids
 
-    def execute(self, plan: StepPlan) -> list[RowResult]: ...
+    def launch(self, plan: StepPlan) -> Any:
+        """Queues a step."""
+        ...
+
+    def collect(self, launched: Any) -> list[RowResult]:
+        """Waits for a launched step. On another thread than `launch` where `is_asynchronous`."""
+        ...
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether `launch` returns before the step is done."""
+        ...
 
     def close(self) -> None: ...
 
@@ -138,6 +151,8 @@ class Rank:
         self._communicator: Any = None
         self._runner: RunnerLike | None = None
         self._copier: PageCopier | None = None
+        self._answers: AnswerThread | None = None
+        self._sending = threading.Lock()  # protects the connection's unsent frames
 
     def join(self, secret: str) -> None:
         """Says Hello and waits to be let in. GroupFailed when refused; Disconnected."""
@@ -159,6 +174,8 @@ class Rank:
                 if fd == self._connection.fileno():
                     for message in self._connection.receive():
                         self._take(message)
+            if self._answers is not None:
+                self._answers.check()
             self._send_copies()
 
     def report(self, error: Exception) -> None:
@@ -169,21 +186,26 @@ class Rank:
 
     def unload(self) -> None:
         """Frees the model and leaves its communicator. Idempotent."""
+        if self._answers is not None:
+            self._readable.unregister(self._answers)
+            self._answers.close()
         if self._copier is not None:
             self._readable.unregister(self._copier)
             self._copier.close()
         for part in (self._runner, self._communicator, self._rendezvous):
             if part is not None:
                 part.close()
-        self._copier = self._runner = self._communicator = self._rendezvous = None
+        self._answers = self._copier = self._runner = self._communicator = self._rendezvous = None
         self._sequence = 0
         gc.unfreeze()
         gc.collect()  # before another model is loaded into the same memory
 
     def _say(self, message: Message) -> None:
-        self._connection.send(encode(message))
-        if self._connection.num_unsent_frames:
-            self._connection.drain(SEND_TIMEOUT_S)
+        frame = encode(message)
+        with self._sending:
+            self._connection.send(frame)
+            if self._connection.num_unsent_frames:
+                self._connection.drain(SEND_TIMEOUT_S)
 
     def _take(self, message: Message) -> None:
         if isinstance(message, StepPlan):
@@ -216,10 +238,19 @@ class Rank:
         self._sequence = plan.sequence
         copier.submit(plan.loads, [])  # they touch no page of this step, so they run beside it
         started_s = time.perf_counter()
-        rows = runner.execute(plan)
-        forward_s = time.perf_counter() - started_s
-        copier.submit([], plan.saves)
-        self._say(StepResult(plan.sequence, rows, forward_s) if self._rank == 0 else Ack(plan.sequence))
+        launched = runner.launch(plan)
+
+        def answer() -> None:
+            rows = runner.collect(launched)
+            forward_s = time.perf_counter() - started_s
+            self._say(StepResult(plan.sequence, rows, forward_s) if self._rank == 0 else Ack(plan.sequence))
+
+        if self._answers is not None:
+            self._answers.put(answer)
+            copier.submit([], plan.saves)
+        else:
+            copier.submit([], plan.saves)
+            answer()
         self._send_copies()
 
     def _send_copies(self) -> None:
@@ -251,6 +282,9 @@ class Rank:
         layout: PageLayout = runner.layout
         self._copier = PageCopier(runner.pool, layout)
         self._readable.register(self._copier, select.POLLIN)
+        if runner.is_asynchronous:
+            self._answers = AnswerThread()
+            self._readable.register(self._answers, select.POLLIN)
         written: dict[str, Any] = {"first_written_part": layout.first_written_part, "num_written_parts": layout.num_written_parts}
         gc.freeze()  # the model stays: no step pays for a collection that walks over it
         self._say(Loaded(RankFacts(**runner.info_fields, **written)))

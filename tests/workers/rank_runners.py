@@ -20,23 +20,23 @@ class FailsInStep(EchoRunner):
         super().__init__(config, comm, progress)
         self._rank = comm.rank
 
-    def execute(self, plan: StepPlan) -> list[RowResult]:
+    def collect(self, plan: StepPlan) -> list[RowResult]:
         if any(row.row_id == BAD_ROW for row in plan.rows):
             if self._rank == 1:
                 raise RuntimeError("row 13 is unlucky")
             threading.Event().wait()
-        return super().execute(plan)
+        return super().collect(plan)
 
 
 class DiesInStep(FailsInStep):
     """Rank 1 is killed on BAD_ROW; the others complain about it, as gloo does."""
 
-    def execute(self, plan: StepPlan) -> list[RowResult]:
+    def collect(self, plan: StepPlan) -> list[RowResult]:
         if any(row.row_id == BAD_ROW for row in plan.rows):
             if self._rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("Connection closed by peer")
-        return super().execute(plan)
+        return super().collect(plan)
 
 
 class FailsToLoad(EchoRunner):
@@ -67,5 +67,5 @@ class LoadsSomethingElse(EchoRunner):
 class BigResults(EchoRunner):
     """As many bytes of logprobs per row as the row has query tokens."""
 
-    def execute(self, plan: StepPlan) -> list[RowResult]:
+    def collect(self, plan: StepPlan) -> list[RowResult]:
         return [RowResult(row.row_id, [1], b"x" * row.num_query_tokens) for row in plan.rows]

@@ -162,10 +162,10 @@ def test_logprobs_are_those_of_the_raw_logits():
     torch.manual_seed(2)
     logits = torch.randn(3, 10)
     exact = logits.log_softmax(-1)
-    rows = best_logprobs(logits, torch.tensor([4, 5, 6]), 2)
+    rows = best_logprobs(logits, torch.tensor([4, 5, 6]), 2)()
     for row, chosen in enumerate((4, 5, 6)):
         best = exact[row].topk(2)
         assert [token for token, _ in rows[row]] == [chosen, *best.indices.tolist()]
         np.testing.assert_allclose([value for _, value in rows[row]], [exact[row, chosen], *best.values], rtol=1e-6)
-    assert best_logprobs(logits, torch.tensor([4, 5, 6]), 0)[0] == [(4, pytest.approx(float(exact[0, 4])))]
-    assert all_logprobs(logits) == exact.numpy().astype("<f4").tobytes()
+    assert best_logprobs(logits, torch.tensor([4, 5, 6]), 0)()[0] == [(4, pytest.approx(float(exact[0, 4])))]
+    assert all_logprobs(logits)() == exact.numpy().astype("<f4").tobytes()

@@ -11,19 +11,28 @@ from __future__ import annotations
 
 import abc
 import importlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from workers.errors import UnsupportedConfig
 from workers.kv.pool import PagePool
+from workers.layers.rotary import rotate_, rotate_pairs
+
+log = logging.getLogger(__name__)
+
+Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin of a step's tokens, [T, 1, D / 2] each
 
 BACKENDS: dict[str, str] = {
     "reference": "workers.attention.reference:ReferenceAttention",
     "torch_paged": "workers.attention.torch_paged:TorchPagedAttention",
+    "flashinfer": "workers.attention.flashinfer:FlashInferAttention",
 }
-DEFAULT_BACKEND = {"cpu": "torch_paged", "cuda": "torch_paged"}
+DEFAULT_BACKENDS = {"cpu": ["torch_paged"], "cuda": ["flashinfer", "torch_paged"]}  # the first that can do it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,8 @@ class AttentionBatch:
     block_table: torch.Tensor  # [R, B] int64 pages; holes are the null page
     pages: torch.Tensor  # [T] int64, where each token's keys and values go
     offsets: torch.Tensor  # [T] int64, position inside the page
+    kv_pages: torch.Tensor | None = None  # on CUDA: the rows' pages one after the other, int32
+    kv_starts: np.ndarray | None = None  # R + 1, int32 on the host: row r's are kv_pages[kv_starts[r]:kv_starts[r + 1]]
 
     @property
     def num_rows(self) -> int:
@@ -63,6 +74,8 @@ class AttentionBatch:
 class AttentionBackend(abc.ABC):
     """Attention of one rank over its pool. `begin` is called once per step, before any layer, and keeps `batch`."""
 
+    has_graphs = False  # whether decode steps may be captured: `reserve_graph` and `begin_graph` are there
+    reads_behind_end = True  # whether it multiplies by what lies behind the end of a row in its last page
     batch: AttentionBatch
 
     def __init__(self, shape: AttentionShape, pool: PagePool) -> None:
@@ -72,6 +85,45 @@ class AttentionBackend(abc.ABC):
     @abc.abstractmethod
     def begin(self, batch: AttentionBatch) -> None:
         """Prepares what all layers of the step share."""
+
+    def reserve_graph(self, size: int, max_pages: int) -> None:
+        """Prepares for captured batches of `size` decode rows with up to `max_pages` pages in all."""
+        raise AssertionError(f"{type(self).__name__} has no graphs")
+
+    def begin_graph(self, batch: AttentionBatch) -> None:
+        """`begin` for a captured batch."""
+        raise AssertionError(f"{type(self).__name__} has no graphs")
+
+    def rotate_and_write_gqa(
+        self, layer: int, qkv_TMD: torch.Tensor, rope: Rope, norms: tuple[torch.Tensor, torch.Tensor, float] | None
+    ) -> None:
+        """Norms and rotates queries and keys of `qkv_TMD` [T, N + 2K, D], queries in place, and stores keys and values.
+
+        `norms`: weights for queries and keys, eps.
+        """
+        q_TND, kv_TKD = qkv_TMD.split([self.shape.num_heads, 2 * self.shape.num_kv_heads], dim=1)
+        if norms is not None:
+            q_weight, k_weight, eps = norms
+            k_TKD = kv_TKD[:, : self.shape.num_kv_heads]
+            q_TND.copy_(F.rms_norm(q_TND, q_weight.shape, q_weight, eps))
+            k_TKD.copy_(F.rms_norm(k_TKD, k_weight.shape, k_weight, eps))
+        rotate_(qkv_TMD[:, : self.shape.num_heads + self.shape.num_kv_heads], *rope)
+        self.write_gqa(layer, kv_TKD)
+
+    def rotate_and_write_mla(
+        self, layer: int, q_TND: torch.Tensor, latent_TP: torch.Tensor, rope: Rope, norm: tuple[torch.Tensor, float], interleaved: bool
+    ) -> None:
+        """Norms latents (`norm`: weight, eps), rotates keys and the rope part of queries, both in place, and stores latents and keys."""
+        latent_dim = self.shape.latent_dim
+        weight_C, eps = norm
+        latent_TC, key_TR = latent_TP.split([latent_dim, latent_TP.shape[1] - latent_dim], dim=1)
+        latent_TC.copy_(F.rms_norm(latent_TC, weight_C.shape, weight_C, eps))
+        for x_TND in (q_TND[..., -key_TR.shape[1] :], key_TR.unsqueeze(1)):
+            if interleaved:
+                x_TND.copy_(rotate_pairs(x_TND, *rope))
+            else:
+                rotate_(x_TND, *rope)
+        self.write_mla(layer, latent_TP)
 
     @abc.abstractmethod
     def write_gqa(self, layer: int, kv_TKD: torch.Tensor) -> None:
@@ -98,9 +150,22 @@ class AttentionBackend(abc.ABC):
 
 
 def make_backend(name: str, shape: AttentionShape, pool: PagePool) -> AttentionBackend:
-    """The backend of that name, or the device's default for "auto". UnsupportedConfig for a name that is not in the table."""
-    if name == "auto":
-        name = DEFAULT_BACKEND[pool.tensor.device.type]
+    """The backend of that name, or for "auto" the first of the device's that can do it, with a warning where that is not the fastest.
+
+    UnsupportedConfig for a name that is not in the table, and for what a backend cannot do.
+    """
+    if name != "auto":
+        return _make_backend(name, shape, pool)
+    *faster, last = DEFAULT_BACKENDS[pool.tensor.device.type]
+    for candidate in faster:
+        try:
+            return _make_backend(candidate, shape, pool)
+        except UnsupportedConfig as error:
+            log.warning("attention runs on the slower %s: %s", last, error)
+    return _make_backend(last, shape, pool)
+
+
+def _make_backend(name: str, shape: AttentionShape, pool: PagePool) -> AttentionBackend:
     if name not in BACKENDS:
         raise UnsupportedConfig(f"attention backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
     module, cls = BACKENDS[name].split(":")

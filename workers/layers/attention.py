@@ -12,7 +12,6 @@ from workers.attention.base import AttentionBackend
 from workers.layers.linear import ColumnLinear, RowLinear
 from workers.layers.norm import RmsNorm
 from workers.layers.parameter import Placement, Share
-from workers.layers.rotary import rotate_
 from workers.models.config import ModelConfig
 
 
@@ -33,14 +32,9 @@ class GqaAttention(nn.Module):
 
     def forward(self, x_TH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], backend: AttentionBackend) -> torch.Tensor:
         qkv_TMD = self.qkv_proj(x_TH).view(x_TH.shape[0], -1, self._head_dim)
-        q_TND, kv_TKD = qkv_TMD.split([self._num_heads, 2 * self._num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            k_TKD = kv_TKD[:, : self._num_kv_heads]
-            q_TND.copy_(self.q_norm(q_TND))
-            k_TKD.copy_(self.k_norm(k_TKD))
-        rotate_(qkv_TMD[:, : self._num_heads + self._num_kv_heads], *rope)
-        backend.write_gqa(self._layer, kv_TKD)
-        return self.o_proj(backend.gqa(self._layer, q_TND).flatten(1))
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm is not None and self.k_norm is not None else None
+        backend.rotate_and_write_gqa(self._layer, qkv_TMD, rope, norms)
+        return self.o_proj(backend.gqa(self._layer, qkv_TMD[:, : self._num_heads]).flatten(1))
 
 
 def kv_head_share(config: ModelConfig, placement: Placement) -> Share:

@@ -67,5 +67,10 @@ class GatedMlp(nn.Module):
         self.down_proj = RowLinear(placement, share, hidden_size, bias=bias, reduce=reduce)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        gate_TI, up_TI = self.gate_up_proj(x_TH).chunk(2, dim=-1)
+        gate_up_TI = self.gate_up_proj(x_TH)
+        if gate_up_TI.is_cuda:
+            from workers.kernels.norm import silu_mul
+
+            return self.down_proj(silu_mul(gate_up_TI))
+        gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
         return self.down_proj(F.silu(gate_TI).mul_(up_TI))

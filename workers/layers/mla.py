@@ -15,7 +15,6 @@ from workers.attention.base import AttentionBackend
 from workers.layers.linear import ColumnLinear, RowLinear
 from workers.layers.norm import RmsNorm
 from workers.layers.parameter import Placement, Share, whole
-from workers.layers.rotary import rotate_, rotate_pairs
 from workers.models.config import ModelConfig
 
 _LATENT_NORM_EPS = 1e-6  # transformers leaves these two norms at their class default, whatever rms_norm_eps says
@@ -48,8 +47,8 @@ class MlaAttention(nn.Module):
 
     def forward(self, x_TH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], backend: AttentionBackend) -> torch.Tensor:
         q_TND, latent_TP = self._project(x_TH)
-        self._rotate(q_TND, latent_TP, rope)
-        backend.write_mla(self._layer, latent_TP)
+        norm = (self.kv_a_layernorm.weight, self.kv_a_layernorm.eps)
+        backend.rotate_and_write_mla(self._layer, q_TND, latent_TP, rope, norm, self._mla.rope_interleave)
         num_absorbed_rows = self._num_absorbed_rows(backend)
         rows = range(backend.batch.num_rows)
         first_plain = backend.batch.query_starts[num_absorbed_rows]
@@ -68,16 +67,6 @@ class MlaAttention(nn.Module):
             q_a, latent_TP = self.qkv_a_proj(x_TH).split(self.qkv_a_proj.sizes, dim=1)
             q = self.q_b_proj(self.q_a_layernorm(q_a))
         return q.unflatten(1, (self._num_heads, -1)), latent_TP
-
-    def _rotate(self, q_TND: torch.Tensor, latent_TP: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Norms the latent, rotates both rope parts; in place."""
-        latent_TC, key_TR = latent_TP.split([self._mla.kv_lora_rank, self._mla.rope_dim], dim=1)
-        latent_TC.copy_(self.kv_a_layernorm(latent_TC))
-        for x_TND in (q_TND[..., self._mla.nope_dim :], key_TR.unsqueeze(1)):
-            if self._mla.rope_interleave:
-                x_TND.copy_(rotate_pairs(x_TND, *rope))
-            else:
-                rotate_(x_TND, *rope)
 
     def _num_absorbed_rows(self, backend: AttentionBackend) -> int:
         """Rows come in ascending number of queries; those up to the break-even of the two forms' multiplications per key are absorbed."""

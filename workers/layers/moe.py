@@ -24,8 +24,21 @@ class Router(nn.Module):
         self.e_score_correction_bias = placement.whole((moe.num_experts,), torch.float32)
 
     def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Experts [T, K] (int64) and their weights [T, K]."""
+        """Experts [T, K] (integers) and their weights [T, K]."""
         moe = self._moe
+        if x_TH.is_cuda:
+            from workers.kernels.experts import choose_experts
+
+            return choose_experts(
+                F.linear(x_TH.float(), self.weight),
+                self.e_score_correction_bias,
+                moe.num_experts_per_token,
+                num_groups=moe.num_groups,
+                num_kept_groups=moe.num_groups_per_token,
+                sigmoid=True,
+                normalise=moe.normalise_weights,
+                scale=moe.scaling_factor,
+            )
         scores_TE = F.linear(x_TH.float(), self.weight).sigmoid()
         choice_TE = scores_TE + self.e_score_correction_bias
         if moe.num_groups > 1:
@@ -57,7 +70,14 @@ class Experts(nn.Module):
         self.gate_up_proj = placement.matrix((moe.num_experts, 2 * size, hidden_size), gate_up_parts)
         self.down_proj = placement.matrix((moe.num_experts, hidden_size, size), down_parts)
 
-    def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, shared_TH: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Weighted sum over the chosen experts, plus `shared_TH`."""
+        if x_TH.is_cuda:
+            from workers.kernels.experts import run_experts
+
+            return run_experts(x_TH, experts_TK, weights_TK, self.gate_up_proj, self.down_proj, shared_TH)
         num_tokens, num_chosen = experts_TK.shape
         flat = experts_TK.flatten()
         order = flat.argsort(stable=True)
@@ -74,7 +94,8 @@ class Experts(nn.Module):
             start += count
         # Undo the sort and add up per token: unlike adding by index, this sums in one order every time.
         out_TKH = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out).view(num_tokens, num_chosen, -1)
-        return (out_TKH * weights_TK[..., None].to(out_TKH.dtype)).sum(1)
+        out_TH = (out_TKH * weights_TK[..., None].to(out_TKH.dtype)).sum(1)
+        return out_TH if shared_TH is None else out_TH + shared_TH
 
 
 class MoeMlp(nn.Module):
@@ -89,7 +110,6 @@ class MoeMlp(nn.Module):
         self.shared_experts = GatedMlp(placement, hidden_size, shared_size, reduce=False) if shared_size else None
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        out_TH = self.experts(x_TH, *self.gate(x_TH))
-        if self.shared_experts is not None:
-            out_TH = out_TH + self.shared_experts(x_TH)
-        return self._comm.all_reduce(out_TH)
+        experts_TK, weights_TK = self.gate(x_TH)
+        shared_TH = self.shared_experts(x_TH) if self.shared_experts is not None else None
+        return self._comm.all_reduce(self.experts(x_TH, experts_TK, weights_TK, shared_TH))

@@ -15,8 +15,18 @@ class RmsNorm(nn.Module):
     def __init__(self, placement: Placement, size: int, eps: float) -> None:
         super().__init__()
         self.weight = placement.whole((size,))
+        self.eps = eps
         self._shape = (size,)
-        self._eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self._shape, self.weight, self._eps)
+        return F.rms_norm(x, self._shape, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + delta), x + delta)."""
+        if x.is_cuda:
+            from workers.kernels.norm import add_rms_norm
+
+            return add_rms_norm(x, delta, self.weight, self.eps)
+        if delta is not None:
+            x = x + delta
+        return self(x), x

@@ -30,9 +30,13 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RmsNorm(placement, config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(placement, config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TH: torch.Tensor, rope: Rope, backend: AttentionBackend) -> torch.Tensor:
-        x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), rope, backend)
-        return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+    def forward(
+        self, x_TH: torch.Tensor, delta_TH: torch.Tensor | None, rope: Rope, backend: AttentionBackend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the stream and what the layer before wants added to it, and returns the like: a norm does the addition in passing."""
+        normed_TH, x_TH = self.input_layernorm.add(x_TH, delta_TH)
+        normed_TH, x_TH = self.post_attention_layernorm.add(x_TH, self.self_attn(normed_TH, rope, backend))
+        return x_TH, self.mlp(normed_TH)
 
 
 class DecoderModel(nn.Module, abc.ABC):
@@ -56,10 +60,10 @@ class DecoderModel(nn.Module, abc.ABC):
     def forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
         """Hidden states [T, H] before the last norm. `backend.begin` has been called for the step."""
         rope = self._rotary.at(positions_T)
-        x_TH = self.embed_tokens(ids_T)
+        x_TH, delta_TH = self.embed_tokens(ids_T), None
         for layer in self.layers:
-            x_TH = layer(x_TH, rope, backend)
-        return x_TH
+            x_TH, delta_TH = layer(x_TH, delta_TH, rope, backend)
+        return x_TH if delta_TH is None else x_TH + delta_TH
 
     def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Scores [T, V] in float32, on every rank."""

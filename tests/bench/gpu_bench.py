@@ -1,0 +1,125 @@
+"""`make bench-gpu`: the workloads that serving on one GPU is judged by, for two model shapes with made-up weights. Prints and saves JSON.
+
+usage: python -m tests.bench.gpu_bench [--shape llama8b --shape dsv2lite] [--only decode,prefill,...] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.engine.config import EngineConfig
+from tests.bench.gpu_engine import GpuEngine, dummy_worker, gpu_engine
+from tests.bench.gpu_shapes import MAX_MODEL_LEN, SHAPES, write_shape
+
+Figures = dict[str, float]
+
+
+class Workloads:
+    """Each returns figures by name. Prompts are random, so nothing is shared that is not meant to be."""
+
+    def __init__(self, engine: GpuEngine, vocab_size: int) -> None:
+        self._engine = engine
+        self._random = random.Random(0)
+        self._vocab_size = vocab_size
+
+    def prompt(self, length: int) -> list[int]:
+        return self._random.choices(range(10, self._vocab_size - 10), k=length)
+
+    def decode(self) -> Figures:
+        """Milliseconds per step with 512 tokens of context: the time of 129 tokens less that of one, on cached prompts."""
+        return {f"decode_b{count}_ms": self._step_ms(count, 512, 129) for count in (1, 16, 64, 256)}
+
+    def long_decode(self) -> Figures:
+        return {"decode_32k_b16_ms": self._step_ms(16, 32000, 65)}
+
+    def _step_ms(self, count: int, context: int, num_tokens: int) -> float:
+        prompts = [self.prompt(context) for _ in range(count)]
+        self._engine.generate(prompts, 1)
+        first_s, _ = self._engine.generate(prompts, 1)
+        all_s, _ = self._engine.generate(prompts, num_tokens)
+        return (all_s - first_s) / (num_tokens - 1) * 1e3
+
+    def prefill(self) -> Figures:
+        figures = {}
+        for length in (256, 2048, 8192, 32768):
+            times_s = [self._engine.generate([self.prompt(length)], 1)[0] for _ in range(3)]
+            figures[f"prefill_{length}_ttft_ms"] = statistics.median(times_s) * 1e3
+        return figures
+
+    def shared(self) -> Figures:
+        """A system prompt of 8k tokens that the replica holds, with 128 tokens of one's own."""
+        system = self.prompt(8192)
+        self._engine.generate([[*system, *self.prompt(16)]], 1)
+        together_s, _ = self._engine.generate([[*system, *self.prompt(128)] for _ in range(64)], 32)
+        warm_s = [self._engine.generate([[*system, *self.prompt(128)]], 1)[0] for _ in range(10)]
+        cold_s = [self._engine.generate([self.prompt(8320)], 1)[0] for _ in range(3)]
+        return {
+            "shared_8k_64req_s": together_s,
+            "shared_8k_ttft_ms": statistics.median(warm_s) * 1e3,
+            "cold_8k_ttft_ms": statistics.median(cold_s) * 1e3,
+        }
+
+    def mix(self) -> Figures:
+        """512 requests of 1,024 tokens, half of them shared, 128 tokens out."""
+        system = self.prompt(512)
+        seconds, _ = self._engine.generate([[*system, *self.prompt(512)] for _ in range(512)], 128)
+        return {"mix_512req_out_tok_s": 512 * 128 / seconds}
+
+    def stream(self) -> Figures:
+        figures = {}
+        for count in (1, 16, 64, 256):
+            self._engine.generate([self.prompt(256) for _ in range(count)], 8)
+            seconds, answers = self._engine.generate([self.prompt(256) for _ in range(count)], 96)
+            ttfts = sorted(answer.ttft_ms for answer in answers)
+            gaps = sorted(gap for answer in answers for gap in answer.gaps_ms)
+            figures |= {
+                f"stream_{count}_ttft_p50_ms": ttfts[len(ttfts) // 2],
+                f"stream_{count}_ttft_p99_ms": ttfts[int(len(ttfts) * 0.99)],
+                f"stream_{count}_gap_p50_ms": gaps[len(gaps) // 2],
+                f"stream_{count}_gap_p99_ms": gaps[int(len(gaps) * 0.99)],
+                f"stream_{count}_tok_s": count * 96 / seconds,
+            }
+        return figures
+
+
+WORKLOADS = ("decode", "long_decode", "prefill", "shared", "mix", "stream")
+
+
+def measure(shape: str, only: list[str]) -> Figures:
+    with tempfile.TemporaryDirectory() as folder:
+        worker = dummy_worker(write_shape(shape, Path(folder)), max_model_len=MAX_MODEL_LEN)
+        with gpu_engine(worker, EngineConfig()) as engine:
+            figures: Figures = {"start_s": engine.start_s, "num_pages": engine.engine.info.num_pages}
+            print(json.dumps(figures), file=sys.stderr, flush=True)
+            workloads = Workloads(engine, int(SHAPES[shape]["vocab_size"]))
+            engine.generate([workloads.prompt(64) for _ in range(4)], 8)
+            for name in only:
+                run: Callable[[], Figures] = getattr(workloads, name)
+                found = run()
+                print(json.dumps(found), file=sys.stderr, flush=True)
+                figures |= found
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", action="append", choices=sorted(SHAPES))
+    parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, separated by commas")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    figures = {shape: measure(shape, arguments.only.split(",")) for shape in arguments.shape or sorted(SHAPES)}
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""FlashInfer's backend against the reference, in bfloat16: page sizes, head counts, ragged lengths, cached prefixes, captured batches."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from cache_store.keys import Layout
+from workers.attention.base import AttentionBatch, AttentionShape, make_backend
+from workers.kv.layout import PageLayout
+from workers.kv.pool import PagePool
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CUDA = torch.device("cuda", 0)
+NUM_LAYERS = 3
+Row = tuple[int, int]  # cached, queries
+
+
+def make_batch(
+    rows: list[Row], block_size: int, num_pages: int, rng: np.random.RandomState, pages: list[int] | None = None
+) -> AttentionBatch:
+    free = list(pages or rng.permutation(np.arange(1, num_pages)))
+    lengths = [cached + queries for cached, queries in rows]
+    counts = [-(-length // block_size) for length in lengths]
+    table = np.zeros((len(rows), max(counts)), np.int64)
+    starts, positions, owners = [0], [], []
+    for index, ((cached, queries), count) in enumerate(zip(rows, counts, strict=True)):
+        table[index, :count] = [free.pop() for _ in range(count)]
+        positions += range(cached, cached + queries)
+        owners += [index] * queries
+        starts.append(starts[-1] + queries)
+    position = np.array(positions)
+    flat = np.concatenate([table[index, :count] for index, count in enumerate(counts)])
+    return AttentionBatch(
+        num_decode_rows=sum(queries == 1 for _, queries in rows),
+        query_starts=starts,
+        seq_lens=lengths,
+        device_seq_lens=torch.tensor(lengths, device=CUDA),
+        block_table=torch.from_numpy(table).to(CUDA),
+        pages=torch.from_numpy(table[owners, position // block_size]).to(CUDA),
+        offsets=torch.from_numpy(position % block_size).to(CUDA),
+        kv_pages=torch.from_numpy(flat.astype(np.int32)).to(CUDA),
+        kv_starts=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
+    )
+
+
+def pools(page_shape: tuple[int, ...], block_size: int, num_pages: int) -> list[PagePool]:
+    layout = PageLayout(Layout("any", 0, block_size, "bfloat16", 1, page_shape), 1, 0, page_shape, "bfloat16", 0, 1, 0, 1)
+    made = [PagePool(layout, num_pages, CUDA) for _ in range(2)]
+    made[0].tensor.normal_()
+    made[1].tensor.copy_(made[0].tensor)
+    return made
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.isfinite(actual.float()).all()
+    difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert difference < 1.5e-2, f"relative difference {difference}"
+
+
+BATCHES: list[list[Row]] = [
+    [(0, 1)],
+    [(17, 1), (300, 1), (5, 1)],
+    [(0, 40)],
+    [(64, 70), (0, 128)],
+    [(15, 1), (16, 1), (0, 2), (33, 31), (128, 100)],
+]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(32, 8, 128), (8, 2, 64), (6, 6, 128)])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_gqa(num_heads, num_kv_heads, head_dim, block_size):
+    shape = AttentionShape(num_heads, num_kv_heads, head_dim, head_dim**-0.5)
+    fast, exact = pools((num_kv_heads, NUM_LAYERS, 2, block_size, head_dim), block_size, 128)
+    backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
+    rng = np.random.RandomState(block_size)
+    for rows in BATCHES:
+        batch = make_batch(rows, block_size, 128, rng)
+        backend.begin(batch)
+        reference.begin(batch)
+        for layer in range(NUM_LAYERS):
+            q = torch.randn(batch.query_starts[-1], num_heads, head_dim, device=CUDA, dtype=torch.bfloat16)
+            kv = torch.randn(batch.query_starts[-1], 2 * num_kv_heads, head_dim, device=CUDA, dtype=torch.bfloat16)
+            for each in (backend, reference):
+                each.write_gqa(layer, kv)
+            near(backend.gqa(layer, q), reference.gqa(layer, q))
+    assert torch.equal(fast.tensor, exact.tensor)
+
+
+@pytest.mark.parametrize("num_heads", [4, 16])
+def test_mla(num_heads, monkeypatch):
+    """Both forms; the plain one also in many ranges of keys."""
+    latent, rope, nope, value, block = 512, 64, 128, 128, 64
+    shape = AttentionShape(num_heads, 1, 0, 0.1, latent)
+    fast, exact = pools((NUM_LAYERS, block, latent + rope), block, 64)
+    backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
+    rng = np.random.RandomState(num_heads)
+    for rows, projected_bytes in itertools.product(BATCHES, (1 << 30, num_heads * 448 * 2 * 128)):
+        monkeypatch.setattr("workers.attention.flashinfer.PROJECTED_BYTES", projected_bytes)
+        batch = make_batch(rows, block, 64, rng)
+        split = batch.num_decode_rows + (1 if len(rows) > batch.num_decode_rows + 1 else 0)
+        first_plain = batch.query_starts[split]
+        up = torch.randn(num_heads * (nope + value), latent, device=CUDA, dtype=torch.bfloat16) * 0.05
+        backend.begin(batch)
+        reference.begin(batch)
+        for layer in range(NUM_LAYERS):
+            latents = torch.randn(batch.query_starts[-1], latent + rope, device=CUDA, dtype=torch.bfloat16)
+            q = torch.randn(first_plain, num_heads, latent + rope, device=CUDA, dtype=torch.bfloat16)
+            plain_q = torch.randn(batch.query_starts[-1] - first_plain, num_heads, nope + rope, device=CUDA, dtype=torch.bfloat16)
+            for each in (backend, reference):
+                each.write_mla(layer, latents)
+            if split:
+                near(backend.mla_absorbed(layer, q, range(split)), reference.mla_absorbed(layer, q, range(split)))
+            if split < len(rows):
+                plain = range(split, len(rows))
+                near(backend.mla_plain(layer, plain_q, up, value, plain), reference.mla_plain(layer, plain_q, up, value, plain))
+    assert torch.equal(fast.tensor, exact.tensor)
+
+
+@pytest.mark.parametrize("is_mla", [False, True])
+def test_captured_batches_follow_new_lengths(is_mla):
+    """One graph, replayed for other pages and lengths than it was captured with."""
+    if is_mla:
+        shape, page_shape, block = AttentionShape(16, 1, 0, 0.1, 512), (NUM_LAYERS, 64, 576), 64
+        q = torch.randn(4, 16, 576, device=CUDA, dtype=torch.bfloat16)
+    else:
+        shape, page_shape, block = AttentionShape(32, 8, 128, 128**-0.5), (8, NUM_LAYERS, 2, 16, 128), 16
+        q = torch.randn(4, 32, 128, device=CUDA, dtype=torch.bfloat16)
+    fast, exact = pools(page_shape, block, 512)
+    backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
+
+    def run(each):
+        return each.mla_absorbed(1, q, range(4)) if is_mla else each.gqa(1, q)
+
+    rng = np.random.RandomState(0)
+    backend.reserve_graph(4, 4096)
+    backend.begin_graph(make_batch([(0, 1)] * 4, block, 512, rng))
+    run(backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(backend)
+    for rows in ([(0, 1), (15, 1), (700, 1), (64, 1)], [(2000, 1)] * 3 + [(1, 1)], [(5, 1)] * 4):
+        batch = make_batch(rows, block, 512, rng)
+        backend.begin_graph(batch)
+        graph.replay()
+        reference.begin(batch)
+        near(out, run(reference))
+
+
+@pytest.mark.parametrize("is_mla", [False, True])
+def test_pages_beyond_32_bits(is_mla):
+    """Page numbers times page size pass 2^32 elements."""
+    if is_mla:
+        shape, page_shape, block = AttentionShape(16, 1, 0, 0.1, 512), (27, 64, 576), 64
+    else:
+        shape, page_shape, block = AttentionShape(32, 8, 128, 128**-0.5), (8, 32, 2, 16, 128), 16
+    num_pages = 4400 if is_mla else 4200
+    layout = PageLayout(Layout("any", 0, block, "bfloat16", 1, page_shape), 1, 0, page_shape, "bfloat16", 0, 1, 0, 1)
+    pool = PagePool(layout, num_pages, CUDA)
+    assert pool.tensor.numel() > 1 << 32
+    rng = np.random.RandomState(1)
+    high = list(range(num_pages - 40, num_pages))
+    batch = make_batch([(100, 1), (30, 65)], block, num_pages, rng, pages=high)
+    pool.tensor[high] = torch.randn((len(high), *page_shape), device=CUDA).bfloat16()
+    backend, reference = make_backend("flashinfer", shape, pool), make_backend("reference", shape, pool)
+    for each in (backend, reference):
+        each.begin(batch)
+    if is_mla:
+        q = torch.randn(66, 16, 576, device=CUDA, dtype=torch.bfloat16)
+        near(backend.mla_absorbed(26, q, range(2)), reference.mla_absorbed(26, q, range(2)))
+        up = torch.randn(16 * 256, 512, device=CUDA, dtype=torch.bfloat16) * 0.05
+        plain = torch.randn(65, 16, 192, device=CUDA, dtype=torch.bfloat16)
+        near(backend.mla_plain(26, plain, up, 128, range(1, 2)), reference.mla_plain(26, plain, up, 128, range(1, 2)))
+    else:
+        q = torch.randn(66, 32, 128, device=CUDA, dtype=torch.bfloat16)
+        near(backend.gqa(31, q), reference.gqa(31, q))
+        only_decode = dataclasses.replace(batch)
+        backend.begin(only_decode)
+        near(backend.gqa(31, q), reference.gqa(31, q))

@@ -1,0 +1,235 @@
+"""Mixture of experts on the GPU: choosing experts, grouping tokens by expert, and two grouped matrix products. No wait for the device.
+
+    logits [T, E] --choose--> experts, weights [T, K] --group--> pairs sorted by expert --gate_up, silu--> [T*K, I] --down--> [T*K, H] --sum
+
+A pair is one token at one expert, numbered token * K + k. A program of a grouped product owns one expert and some output columns and walks
+over the expert's pairs, so weights are read once for few tokens and stay in the cache for many.
+
+T tokens, H hidden, E experts, G groups of experts, K experts per token, I intermediate, P = T * K pairs
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_GROUP_BLOCK = 1024
+_MAX_GROUPED_PAIRS = 8192  # beyond, a sort is faster than a pass per expert
+
+
+@triton.jit
+def _choose(
+    logits_ptr, bias_ptr, experts_ptr, weights_ptr, scale,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr,
+    SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, E_BLOCK)
+    inside = expert < E
+    logits = tl.load(logits_ptr + token * E + expert, mask=inside, other=float("-inf"))
+    if SIGMOID:
+        scores = tl.sigmoid(logits)
+    else:
+        scores = tl.exp(logits - tl.max(logits, 0))
+        scores = scores / tl.sum(scores, 0)
+    choice = scores
+    if HAS_BIAS:
+        choice += tl.load(bias_ptr + expert, mask=inside, other=0.0)
+    choice = tl.where(inside, choice, float("-inf"))
+    if G > 1:
+        group = expert // (E // G)
+        group_ids = tl.arange(0, triton.next_power_of_2(G))
+        of_group = (group[:, None] == group_ids[None, :]) & inside[:, None]
+        by_group = tl.where(of_group, choice[:, None], float("-inf"))
+        best = tl.max(by_group, 0)
+        if HAS_BIAS:  # DeepSeek V3: the sum of the best two; V2: the best
+            at = tl.argmax(by_group, 0)
+            best += tl.max(tl.where(expert[:, None] == at[None, :], float("-inf"), by_group), 0)
+        best = tl.where(group_ids < G, best, float("-inf"))
+        kept = tl.zeros((E_BLOCK,), tl.int32)
+        for _ in tl.static_range(KEPT):
+            chosen = tl.argmax(best, 0)
+            kept = tl.where(group == chosen, 1, kept)
+            best = tl.where(group_ids == chosen, float("-inf"), best)
+        choice = tl.where(kept == 1, choice, float("-inf"))
+    total = 0.0
+    for k in tl.static_range(K):
+        chosen = tl.argmax(choice, 0)
+        weight = tl.sum(tl.where(expert == chosen, scores, 0.0), 0)
+        total += weight
+        tl.store(experts_ptr + token * K + k, chosen)
+        tl.store(weights_ptr + token * K + k, weight * scale)
+        choice = tl.where(expert == chosen, float("-inf"), choice)
+    if NORMALISE:
+        for k in tl.static_range(K):
+            weight = tl.load(weights_ptr + token * K + k)
+            tl.store(weights_ptr + token * K + k, weight / (total + 1e-20))
+
+
+def choose_experts(
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    num_chosen: int,
+    *,
+    num_groups: int,
+    num_kept_groups: int,
+    sigmoid: bool,
+    normalise: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts (int32) and weights (float32), [T, K] each, from float32 logits, as `workers.layers.moe.Router` does."""
+    num_tokens, num_experts = logits_TE.shape
+    experts_TK = torch.empty((num_tokens, num_chosen), dtype=torch.int32, device=logits_TE.device)
+    weights_TK = torch.empty((num_tokens, num_chosen), dtype=torch.float32, device=logits_TE.device)
+    _choose[(num_tokens,)](
+        logits_TE, logits_TE if bias_E is None else bias_E, experts_TK, weights_TK, scale,
+        E=num_experts, E_BLOCK=triton.next_power_of_2(num_experts), G=num_groups, KEPT=num_kept_groups, K=num_chosen,
+        SIGMOID=sigmoid, HAS_BIAS=bias_E is not None, NORMALISE=normalise, num_warps=1,
+    )  # fmt: skip
+    return experts_TK, weights_TK
+
+
+@triton.jit
+def _group(experts_ptr, order_ptr, starts_ptr, num_pairs, BLOCK: tl.constexpr):
+    mine = tl.program_id(0)
+    lower = 0
+    for start in range(0, num_pairs, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        experts = tl.load(experts_ptr + index, mask=index < num_pairs, other=1 << 30)
+        lower += tl.sum((experts < mine).to(tl.int32), 0)
+    tl.store(starts_ptr + mine, lower)
+    filled = lower
+    for start in range(0, num_pairs, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        experts = tl.load(experts_ptr + index, mask=index < num_pairs, other=1 << 30)
+        hit = (experts == mine).to(tl.int32)
+        tl.store(order_ptr + filled + tl.cumsum(hit, 0) - 1, index, mask=hit == 1)
+        filled += tl.sum(hit, 0)
+    if mine == tl.num_programs(0) - 1:
+        tl.store(starts_ptr + mine + 1, num_pairs)
+
+
+def group_pairs(experts_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs in the order of their experts [P], and where each expert's begin [E + 1]; int32."""
+    num_pairs = experts_TK.numel()
+    if num_pairs <= _MAX_GROUPED_PAIRS:
+        order_P = torch.empty(num_pairs, dtype=torch.int32, device=experts_TK.device)
+        starts = torch.empty(num_experts + 1, dtype=torch.int32, device=experts_TK.device)
+        block = min(_GROUP_BLOCK, triton.next_power_of_2(num_pairs))
+        _group[(num_experts,)](experts_TK, order_P, starts, num_pairs, BLOCK=block, num_warps=max(1, block // 256))
+        return order_P, starts
+    ranked_P, order_P = experts_TK.flatten().sort(stable=True)
+    bounds = torch.arange(num_experts + 1, dtype=torch.int32, device=experts_TK.device)
+    return order_P.int(), torch.searchsorted(ranked_P, bounds, out_int32=True)
+
+
+@triton.jit
+def _gate_up(
+    x_ptr, weight_ptr, order_ptr, starts_ptr, out_ptr, H, I, K,
+    BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
+    column = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    is_column = column < I
+    inner = tl.arange(0, BLOCK_H)
+    gate_base = weight_ptr + expert * 2 * I * H + column[None, :].to(tl.int64) * H
+    for first in range(start, stop, BLOCK_P):
+        row = first + tl.arange(0, BLOCK_P)
+        is_row = row < stop
+        token = tl.load(order_ptr + row, mask=is_row, other=0) // K
+        gate = tl.zeros((BLOCK_P, BLOCK_I), tl.float32)
+        up = tl.zeros((BLOCK_P, BLOCK_I), tl.float32)
+        for begin in range(0, H, BLOCK_H):
+            at = begin + inner
+            x = tl.load(x_ptr + token[:, None].to(tl.int64) * H + at[None, :], mask=is_row[:, None] & (at < H)[None, :], other=0.0)
+            is_weight = is_column[None, :] & (at < H)[:, None]
+            gate = tl.dot(x, tl.load(gate_base + at[:, None], mask=is_weight, other=0.0), gate)
+            up = tl.dot(x, tl.load(gate_base + I.to(tl.int64) * H + at[:, None], mask=is_weight, other=0.0), up)
+        out = gate / (1.0 + tl.exp(-gate)) * up
+        target = out_ptr + row[:, None].to(tl.int64) * I + column[None, :]
+        tl.store(target, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _down(
+    x_ptr, weight_ptr, order_ptr, starts_ptr, scale_ptr, out_ptr, H, I,
+    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_column = column < H
+    inner = tl.arange(0, BLOCK_I)
+    base = weight_ptr + expert * H * I + column[None, :].to(tl.int64) * I
+    for first in range(start, stop, BLOCK_P):
+        row = first + tl.arange(0, BLOCK_P)
+        is_row = row < stop
+        acc = tl.zeros((BLOCK_P, BLOCK_H), tl.float32)
+        for begin in range(0, I, BLOCK_I):
+            at = begin + inner
+            x = tl.load(x_ptr + row[:, None].to(tl.int64) * I + at[None, :], mask=is_row[:, None] & (at < I)[None, :], other=0.0)
+            weight = tl.load(base + at[:, None], mask=is_column[None, :] & (at < I)[:, None], other=0.0)
+            acc = tl.dot(x, weight, acc)
+        pair = tl.load(order_ptr + row, mask=is_row, other=0)
+        acc *= tl.load(scale_ptr + pair, mask=is_row, other=0.0)[:, None]
+        target = out_ptr + pair[:, None].to(tl.int64) * H + column[None, :]
+        tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _sum_pairs(pairs_ptr, shared_ptr, out_ptr, H, K: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < H
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        total += tl.load(pairs_ptr + (token * K + k) * H + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SHARED:
+        total += tl.load(shared_ptr + token * H + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * H + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def run_experts(
+    x_TH: torch.Tensor,
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    gate_up_EIH: torch.Tensor,
+    down_EHI: torch.Tensor,
+    shared_TH: torch.Tensor | None,
+) -> torch.Tensor:
+    """Weighted sum over each token's experts, plus `shared_TH`. Weights: [E, gate | up, H] and [E, H, I]."""
+    num_tokens, hidden = x_TH.shape
+    num_experts, _, size = down_EHI.shape
+    num_chosen = experts_TK.shape[1]
+    num_pairs = num_tokens * num_chosen
+    order_P, starts = group_pairs(experts_TK, num_experts)
+    shape = _tile(num_pairs / num_experts)
+    inner_PI = x_TH.new_empty((num_pairs, size))
+    _gate_up[(num_experts, triton.cdiv(size, shape["BLOCK_N"]))](
+        x_TH, gate_up_EIH, order_P, starts, inner_PI, hidden, size, num_chosen,
+        BLOCK_P=shape["BLOCK_M"], BLOCK_I=shape["BLOCK_N"], BLOCK_H=shape["BLOCK_K"], num_warps=shape["num_warps"], num_stages=3,
+    )  # fmt: skip
+    pairs_PH = x_TH.new_empty((num_pairs, hidden))
+    _down[(num_experts, triton.cdiv(hidden, shape["BLOCK_N"]))](
+        inner_PI, down_EHI, order_P, starts, weights_TK, pairs_PH, hidden, size,
+        BLOCK_P=shape["BLOCK_M"], BLOCK_H=shape["BLOCK_N"], BLOCK_I=shape["BLOCK_K"], num_warps=shape["num_warps"], num_stages=4,
+    )  # fmt: skip
+    out_TH = torch.empty_like(x_TH)
+    _sum_pairs[(num_tokens, triton.cdiv(hidden, 1024))](
+        pairs_PH, x_TH if shared_TH is None else shared_TH, out_TH, hidden,
+        K=num_chosen, HAS_SHARED=shared_TH is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return out_TH
+
+
+def _tile(pairs_per_expert: float) -> dict[str, int]:
+    """Few pairs per expert: thin tiles that stream the weights. Many: tiles that keep the tensor cores busy."""
+    if pairs_per_expert <= 16:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
+    if pairs_per_expert <= 48:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
+    if pairs_per_expert <= 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
