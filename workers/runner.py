@@ -53,7 +53,7 @@ class Runner:
         self._comm = comm
         self._model = _build_model(config, model_config, placement, self.max_model_len, progress)
         self.pool = PagePool(self.layout, num_pages, device)
-        shape = _attention_shape(model_config, self.layout, comm.world_size)
+        shape = attention_shape(model_config, self.layout, comm.world_size)
         self._backend = make_backend(config.attention_backend, shape, self.pool)
         self._batch = Batch(config.max_num_seqs, self.max_model_len, self.layout.block_size, model_config.vocab_size, device)
         self._vocab_size = model_config.vocab_size
@@ -144,7 +144,7 @@ def _logprobs(logits_SV: torch.Tensor, chosen_S: torch.Tensor, num_best: int) ->
 def _build_model(
     config: WorkerConfig, model_config: ModelConfig, placement: Placement, max_model_len: int, progress: Progress
 ) -> DecoderModel:
-    module, cls = MODELS[model_config.architecture].split(":")
+    module, cls = MODELS[model_config.architecture].implementation.split(":")
     try:
         model: DecoderModel = getattr(importlib.import_module(module), cls)(model_config, placement, max_model_len)
     except torch.OutOfMemoryError as error:
@@ -158,13 +158,18 @@ def _build_model(
     return model.eval()
 
 
-def _attention_shape(config: ModelConfig, layout: PageLayout, tensor_parallel_size: int) -> AttentionShape:
+def attention_shape(config: ModelConfig, layout: PageLayout, tensor_parallel_size: int) -> AttentionShape:
+    """What attention on the layout's rank looks like."""
+    num_heads, group_size = config.num_heads // tensor_parallel_size, 0 if config.mla else config.num_heads // config.num_kv_heads
     return AttentionShape(
-        num_heads=config.num_heads // tensor_parallel_size,
+        num_heads=num_heads,
         num_kv_heads=1 if config.mla else layout.num_parts,
         head_dim=config.head_dim,
         scale=config.softmax_scale,
         latent_dim=config.mla.kv_lora_rank if config.mla else 0,
+        window=config.window,
+        group_size=group_size,
+        first_query=layout.rank * num_heads % group_size if group_size else 0,
     )
 
 

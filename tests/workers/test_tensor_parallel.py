@@ -45,7 +45,7 @@ def build(folder, rank: int, world_size: int) -> DecoderModel:
     cpu = torch.device("cpu")
     placement = Placement(Communicator(rank, world_size, cpu, None), torch.float32, cpu)
     config = load_model_config(folder)
-    module, family = MODELS[config.architecture].split(":")
+    module, family = MODELS[config.architecture].implementation.split(":")
     return getattr(importlib.import_module(module), family)(config, placement, 64)
 
 
