@@ -5,7 +5,6 @@ T tokens of a step, S rows that sample, V vocabulary
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,12 @@ from workers.errors import NotEnoughMemory, UnsupportedConfig
 from workers.kv.layout import PageLayout, page_layout
 from workers.kv.pool import PagePool
 from workers.layers.parameter import Placement
-from workers.models import MODELS
+from workers.models.build import build_model
 from workers.models.config import ModelConfig, load_model_config
-from workers.models.decoder import DecoderModel
 from workers.parallel import Communicator
 from workers.sampler import all_logprobs, best_logprobs, draw, penalise
 from workers.step import ALL_LOGPROBS, RowResult, StepPlan
-from workers.weights import Progress, dummy_weights, load_weights
+from workers.weights import Progress
 
 _MAX_PAGES = 1 << 20  # the engine keeps a record per page
 _MAX_SCORED_ELEMENTS = 1 << 26  # of prompt logits at once
@@ -51,7 +49,7 @@ class Runner:
         num_pages = _num_pages(config, self.layout, self.max_model_len)
         placement = Placement(comm, getattr(torch, dtype), device)
         self._comm = comm
-        self._model = _build_model(config, model_config, placement, self.max_model_len, progress)
+        self._model = build_model(config, model_config, placement, self.max_model_len, progress)
         self.pool = PagePool(self.layout, num_pages, device)
         shape = attention_shape(model_config, self.layout, comm.world_size)
         self._backend = make_backend(config.attention_backend, shape, self.pool)
@@ -139,23 +137,6 @@ class Runner:
 
 def _logprobs(logits_SV: torch.Tensor, chosen_S: torch.Tensor, num_best: int) -> Logprobs:
     return all_logprobs(logits_SV) if num_best == ALL_LOGPROBS else best_logprobs(logits_SV, chosen_S, num_best)
-
-
-def _build_model(
-    config: WorkerConfig, model_config: ModelConfig, placement: Placement, max_model_len: int, progress: Progress
-) -> DecoderModel:
-    module, cls = MODELS[model_config.architecture].implementation.split(":")
-    try:
-        model: DecoderModel = getattr(importlib.import_module(module), cls)(model_config, placement, max_model_len)
-    except torch.OutOfMemoryError as error:
-        raise NotEnoughMemory(f"the weights of {config.model} do not fit {placement.device}: {error}") from error
-    if config.load_format == "dummy":
-        dummy_weights(model, config.seed, progress)
-    elif config.load_format == "safetensors":
-        load_weights(model, model_config, config.model, progress)
-    else:
-        raise UnsupportedConfig(f"--load-format {config.load_format!r} is unknown; known: safetensors, dummy")
-    return model.eval()
 
 
 def attention_shape(config: ModelConfig, layout: PageLayout, tensor_parallel_size: int) -> AttentionShape:

@@ -9,12 +9,14 @@ from checkpoints import CONFIGS
 from rank_processes import run_groups, run_scenario
 from safetensors.torch import load_file
 
+from workers.checkpoint import Checkpoint
+from workers.dummy import dummy_weights
 from workers.layers.parameter import Placement
 from workers.models import MODELS
 from workers.models.config import load_model_config
 from workers.models.decoder import DecoderModel
 from workers.parallel import Communicator
-from workers.weights import dummy_weights, load_weights, wanted_parts
+from workers.weights import load_weights, wanted_parts
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -85,10 +87,10 @@ def test_dummy_weights_do_not_depend_on_the_number_of_ranks(checkpoints, name):
 def test_ranks_read_every_tensor_between_them(checkpoints, name, world_size):
     """Against the tensors as transformers reads them."""
     folder = checkpoints.folder(name)
-    config = load_model_config(folder)
     models = [build(folder, rank, world_size) for rank in range(world_size)]
-    for model in models:
-        load_weights(model, config, folder, lambda phase, done, total: None)
+    with Checkpoint(folder) as checkpoint:
+        for model in models:
+            load_weights(model, checkpoint, lambda phase, done, total: None)
     stored = load_file(folder / "model.safetensors")
     for tensor, whole in gather_tensors(models).items():
         assert torch.equal(whole, stored[tensor]), tensor

@@ -128,6 +128,7 @@ def make_backend(name: str, shape: AttentionShape, pool: PagePool) -> AttentionB
         raise UnsupportedConfig(f"attention backend {name} has no sliding window; choose torch_paged")
     if not shape.has_equal_groups and not cls.has_unequal_groups:
         raise UnsupportedConfig(
-            f"attention backend {name} wants a tensor parallel size that divides num_key_value_heads or is a multiple of it; choose torch_paged"
+            f"attention backend {name} wants a tensor parallel size that divides num_key_value_heads or is a multiple of it; "
+            "choose torch_paged"
         )
     return cls(shape, pool)

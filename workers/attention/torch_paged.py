@@ -242,9 +242,7 @@ def _heads_to_read(shape: AttentionShape) -> list[int]:
     return [shape.kv_head(head) for head in range(0, shape.num_heads, math.gcd(shape.num_heads, shape.group_size))]
 
 
-def _visible(
-    num_queries: int, start: int, num_keys: int, length: int, device: torch.device, window: int | None = None
-) -> torch.Tensor:
+def _visible(num_queries: int, start: int, num_keys: int, length: int, device: torch.device, window: int | None = None) -> torch.Tensor:
     """[Q, S], true where the key at `start` + s is not after the query and within its window, the queries being the last of `length`
     positions."""
     keys_S = torch.arange(start, start + num_keys, device=device)

@@ -122,7 +122,7 @@ def _read_model(fields: Fields) -> ModelConfig:
     _check_supported(fields)
     mla = _read_mla(fields, family) if family.codec == "mla" else None
     head_dim = fields.integer("head_dim", family.head_dim or max(1, hidden_size // num_heads))
-    rope, max_model_len, notes = read_rope(fields, mla.rope_dim if mla else head_dim)
+    rope, max_model_len, notes = read_rope(fields, *((mla.rope_dim, "qk_rope_head_dim") if mla else (head_dim, "head_dim")))
     num_kv_heads = num_heads if mla else fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise fields.unsupported("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads {num_heads}")

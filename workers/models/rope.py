@@ -39,8 +39,8 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def read_rope(config: Fields, rope_dim: int) -> tuple[RopeConfig, int, tuple[str, ...]]:
-    """The rope over `rope_dim` dimensions of a head, the longest context in tokens, and notes for the user.
+def read_rope(config: Fields, rope_dim: int, dim_name: str) -> tuple[RopeConfig, int, tuple[str, ...]]:
+    """The rope over `rope_dim` dimensions of a head (config's field `dim_name`), the longest context in tokens, and notes for the user.
 
     Keys that only some kinds use are read for all of them. UnsupportedConfig for what is not built.
     """
@@ -54,7 +54,7 @@ def read_rope(config: Fields, rope_dim: int) -> tuple[RopeConfig, int, tuple[str
     if (raw if raw.has("partial_rotary_factor") else config).number("partial_rotary_factor", 1.0) != 1.0:
         raise config.unsupported("partial_rotary_factor", "a rope over a part of the head is not built")
     if rope_dim % 2:
-        raise config.unsupported("head_dim", f"a rope turns pairs of dimensions, and {rope_dim} is odd")
+        raise config.unsupported(dim_name, f"a rope turns pairs of dimensions, and {rope_dim} is odd")
     outer = config.has("original_max_position_embeddings")
     original = (config if outer else raw).integer("original_max_position_embeddings", max_positions)
     if kind == "dynamic":
