@@ -23,7 +23,10 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 @pytest.mark.parametrize(
     ("world_size", "names"),
-    [(2, ["llama", "qwen3", "deepseek"]), (4, ["llama-tied-bias", "deepseek-plain-q"])],  # the last Llama has fewer heads than ranks
+    [
+        (2, ["llama", "qwen3", "deepseek", "llama-cut-groups", "deepseek-v2"]),
+        (4, ["llama-tied-bias", "deepseek-plain-q", "llama-cut-groups", "deepseek-v2-lite"]),  # the first has fewer heads than ranks
+    ],
 )
 def test_ranks_together_do_what_one_does(checkpoints, world_size, names):
     for name, ranks in zip(names, run_groups(world_size, [checkpoints.folder(name) for name in names]), strict=True):
@@ -61,7 +64,7 @@ def gather_tensors(models: list[DecoderModel]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied-bias", "deepseek"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied-bias", "llama-cut-groups", "deepseek", "deepseek-v2-lite"])
 def test_dummy_weights_do_not_depend_on_the_number_of_ranks(checkpoints, name):
     gathered = []
     for world_size in (1, 2, 4):
