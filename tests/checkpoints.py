@@ -61,9 +61,51 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"num_key_value_heads": 8, "head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     ),
+    # 12 query heads of 8, groups of 4: two or four ranks cut them
+    "llama-cut-groups": (
+        "Llama",
+        {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 90},
+    ),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 24}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2",
+        {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 17, "max_window_layers": 0, "intermediate_size": 97},
+    ),
+    "deepseek-v2-lite": (
+        "DeepseekV2",
+        {
+            **_LATENT,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "qk_rope_head_dim": 6,
+            "moe_intermediate_size": 30,
+            "routed_scaling_factor": 1.0,
+        },
+    ),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {**_LATENT, "q_lora_rank": 24, "topk_method": "group_limited_greedy", "mlp_bias": True, "rope_parameters": _YARN},
+    ),
     "deepseek": ("DeepseekV3", {**_LATENT, "q_lora_rank": 24, "rope_parameters": _YARN}),
     "deepseek-plain-q": ("DeepseekV3", {**_LATENT, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False}),
 }
+
+
+def make_model(family: str, settings: dict[str, Any]) -> Any:
+    """A transformers model with random weights; norms and biases are not at their neutral values. The weights depend on shapes alone."""
+    import transformers
+
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{family}Config")(**{**_SHARED, **settings})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if parameter_name.endswith(("norm.weight", "layernorm.weight")):
+                parameter.uniform_(0.5, 1.5)
+            elif parameter_name.endswith(("bias", "e_score_correction_bias")):
+                parameter.normal_(0, 0.2)
+    return model
 
 
 class Checkpoints:
@@ -75,27 +117,15 @@ class Checkpoints:
         self.oracle = functools.cache(self._oracle)
 
     def _folder(self, name: str) -> Path:
-        import transformers
-
-        family, settings = CONFIGS[name]
-        torch.manual_seed(7)
-        config = getattr(transformers, f"{family}Config")(**{**_SHARED, **settings})
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
-        with torch.no_grad():
-            for parameter_name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-                if parameter_name.endswith(("norm.weight", "layernorm.weight")):
-                    parameter.uniform_(0.5, 1.5)
-                elif parameter_name.endswith(("bias", "e_score_correction_bias")):
-                    parameter.normal_(0, 0.2)
         folder = self._root / name
-        model.save_pretrained(folder)
+        make_model(*CONFIGS[name]).save_pretrained(folder)
         return folder
 
     def _oracle(self, name: str) -> Any:
         import transformers
 
         family = CONFIGS[name][0]
-        return getattr(transformers, f"{family}ForCausalLM").from_pretrained(self.folder(name)).eval()
+        return getattr(transformers, f"{family}ForCausalLM").from_pretrained(self.folder(name), experts_implementation="eager").eval()
 
     def log_softmax(self, name: str, tokens: list[int]) -> np.ndarray:
         """[tokens, vocabulary], by transformers."""

@@ -24,7 +24,7 @@ Answer = Callable[[], None]
 
 
 class AnswerThread:
-    """`put` queues what answers a step. When one raises, `fileno` becomes readable and `check` raises the error. `close` ends the thread."""
+    """`put` queues what answers a step. When one raises, `fileno` becomes readable and `check` raises the error. `close` ends it."""
 
     def __init__(self, name: str = "answers") -> None:
         self._answers: queue.Queue[Answer | None] = queue.Queue(MAX_STEPS)

@@ -9,20 +9,20 @@ import tempfile
 from pathlib import Path
 
 from cache_store.keys import hash_fields
+from workers.checkpoint import weight_files
 from workers.errors import BadTensor
 
 _READ_BYTES = 1 << 22
 
 
 def weights_digest(folder: str | Path) -> bytes:
-    """16 bytes over the names and the content of every safetensors file of `folder`. BadTensor when there is none to read.
+    """16 bytes over the names and the content of the safetensors files that `folder`'s checkpoint is loaded from. BadTensor when there is
+    none to read.
 
     A hub cache's file is a link to a blob named by its SHA-256, which is taken as is. Other files are hashed once; the result is kept
     under $XDG_CACHE_HOME/mobula by (device, inode, size, mtime).
     """
-    paths = sorted(Path(folder).glob("*.safetensors"))
-    if not paths:
-        raise BadTensor(f"{folder} holds no safetensors files")
+    paths = weight_files(Path(folder))
     try:
         return hash_fields("weights", *(field for path in paths for field in (path.name.encode(), _file_sha256(path))))
     except OSError as error:

@@ -8,7 +8,6 @@ T tokens of a step, S rows that sample, V vocabulary
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,13 +23,12 @@ from workers.errors import NotEnoughMemory, UnsupportedConfig
 from workers.kv.layout import PageLayout, page_layout
 from workers.kv.pool import PagePool
 from workers.layers.parameter import Placement
-from workers.models import MODELS
+from workers.models.build import build_model
 from workers.models.config import ModelConfig, load_model_config
-from workers.models.decoder import DecoderModel
 from workers.parallel import Communicator
 from workers.sampler import all_logprobs, best_logprobs, draw, penalise
 from workers.step import ALL_LOGPROBS, RowResult, StepPlan
-from workers.weights import Progress, dummy_weights, load_weights
+from workers.weights import Progress
 
 _MAX_PAGES = 1 << 20  # the engine keeps a record per page
 _CPU_KV_BYTES = 1 << 30
@@ -67,10 +65,10 @@ class Runner:
         placement = Placement(comm, getattr(torch, dtype), device)
         self._comm = comm
         self._vocab_size = model_config.vocab_size
-        self._model = _build_model(config, model_config, placement, self.max_model_len, progress)
+        self._model = build_model(config, model_config, placement, self.max_model_len, progress)
         self.pool = PagePool(self.layout, _num_pages(config, self.layout, self.max_model_len, device), device)
         num_pages = self.pool.num_pages
-        shape = _attention_shape(model_config, self.layout, comm.world_size)
+        shape = attention_shape(model_config, self.layout, comm.world_size)
         self._backend = make_backend(config.attention_backend, shape, self.pool)
         self._batch = Batch(config.max_num_seqs, self.max_model_len, self.layout.block_size, model_config.vocab_size, device)
         self._graphs: DecodeGraphs | None = None
@@ -212,30 +210,18 @@ def _joined(pieces: list[Callable[[], Logprobs]]) -> Callable[[], Logprobs]:
     return read
 
 
-def _build_model(
-    config: WorkerConfig, model_config: ModelConfig, placement: Placement, max_model_len: int, progress: Progress
-) -> DecoderModel:
-    module, cls = MODELS[model_config.architecture].split(":")
-    try:
-        model: DecoderModel = getattr(importlib.import_module(module), cls)(model_config, placement, max_model_len)
-    except torch.OutOfMemoryError as error:
-        raise NotEnoughMemory(f"the weights of {config.model} do not fit {placement.device}: {error}") from error
-    if config.load_format == "dummy":
-        dummy_weights(model, config.seed, progress)
-    elif config.load_format == "safetensors":
-        load_weights(model, model_config, config.model, progress)
-    else:
-        raise UnsupportedConfig(f"--load-format {config.load_format!r} is unknown; known: safetensors, dummy")
-    return model.eval()
-
-
-def _attention_shape(config: ModelConfig, layout: PageLayout, tensor_parallel_size: int) -> AttentionShape:
+def attention_shape(config: ModelConfig, layout: PageLayout, tensor_parallel_size: int) -> AttentionShape:
+    """What attention on the layout's rank looks like."""
+    num_heads, group_size = config.num_heads // tensor_parallel_size, 0 if config.mla else config.num_heads // config.num_kv_heads
     return AttentionShape(
-        num_heads=config.num_heads // tensor_parallel_size,
+        num_heads=num_heads,
         num_kv_heads=1 if config.mla else layout.num_parts,
         head_dim=config.head_dim,
         scale=config.softmax_scale,
         latent_dim=config.mla.kv_lora_rank if config.mla else 0,
+        window=config.window,
+        group_size=group_size,
+        first_query=layout.rank * num_heads % group_size if group_size else 0,
     )
 
 

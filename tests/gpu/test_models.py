@@ -9,6 +9,7 @@ import torch
 from model_driver import Driver, make_runner
 from safetensors.torch import save_file
 
+from workers.dummy import dummy_weights
 from workers.layers.parameter import Placement
 from workers.models.config import load_model_config
 from workers.models.deepseek import Deepseek
@@ -16,7 +17,7 @@ from workers.models.llama import Llama
 from workers.noise import gumbel, mix_
 from workers.parallel import Communicator, _nccl_group
 from workers.step import ALL_LOGPROBS, SamplingSettings
-from workers.weights import dummy_weights, wanted_parts
+from workers.weights import wanted_parts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -26,9 +26,10 @@ GQA = ModelConfig(
     dtype="float32",
     rope=RopeConfig(),
 )
+CUT_GROUPS = dataclasses.replace(GQA, num_heads=24, num_kv_heads=6)  # 8 ranks of 3 queries, groups of 4
 ONE_HEAD = dataclasses.replace(GQA, num_kv_heads=1)
 MLA = dataclasses.replace(GQA, num_layers=5, mla=MlaConfig(None, 12, 8, 4, 8, True))
-MODELS = {"gqa": GQA, "one head": ONE_HEAD, "mla": MLA}
+MODELS = {"gqa": GQA, "one head": ONE_HEAD, "cut groups": CUT_GROUPS, "mla": MLA}
 
 
 def layouts(config: ModelConfig, tp: int, dtype: str = "float32") -> list[PageLayout]:
@@ -70,6 +71,7 @@ def test_a_block_written_at_one_size_is_read_at_another(name, written_at, read_a
 def test_page_shapes_and_defaults():
     assert layouts(GQA, 2)[1].page_shape == (2, 3, 2, 4, 8)
     assert layouts(GQA, 8)[7].page_shape == (1, 3, 2, 4, 8)
+    assert [layout.page_shape[0] for layout in layouts(CUT_GROUPS, 8)] == [1, 2, 2, 1, 1, 2, 2, 1]
     assert layouts(MLA, 2)[0].page_shape == (5, 4, 16)
     assert layouts(MLA, 2, "bfloat16")[0].page_bytes == 5 * 4 * 16 * 2
     assert page_layout(GQA, block_size=None, dtype="float32", tensor_parallel_size=1, rank=0).block_size == 16

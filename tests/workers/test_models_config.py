@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from workers.errors import CheckpointError, UnknownArchitecture, UnsupportedConfig
 from workers.layers.rotary import inverse_frequencies
-from workers.models.config import MoeConfig, RopeConfig, check_tensor_parallel, load_model_config
+from workers.models.config import MoeConfig, RopeConfig, check_tensor_parallel, kv_heads_of_rank, load_model_config
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -24,6 +24,8 @@ LLAMA = {
     "max_position_embeddings": 4096,
     "eos_token_id": [1, 2],
 }
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"]}
+MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}
 DEEPSEEK = {
     **LLAMA,
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -125,12 +127,31 @@ def test_ropes_whose_keys_depend_on_the_length_end_at_the_original_context(load,
         ({**LLAMA, "dtype": "float64"}, UnsupportedConfig, "float64"),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, UnsupportedConfig, "gptq"),
         ({**LLAMA, "num_key_value_heads": 3}, UnsupportedConfig, "num_key_value_heads"),
+        ({**QWEN2, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, UnsupportedConfig, "full_attention"),
+        ({**QWEN2, "layer_types": ["sliding_attention"] * 2}, UnsupportedConfig, "layer_types"),
+        ({**MISTRAL, "layer_types": ["full_attention", "sliding_attention"]}, UnsupportedConfig, "layer_types"),
+        ({**MISTRAL, "sliding_window": 0}, CheckpointError, "sliding_window"),
+        ({**LLAMA, "head_dim": 7}, UnsupportedConfig, "odd"),
+        ({**LLAMA, "rope_scaling": {"type": "llama3", "factor": 8.0}}, CheckpointError, "rope_scaling.low_freq_factor"),
+        ({**LLAMA, "rope_scaling": {"type": "linear"}}, CheckpointError, "rope_scaling.factor"),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": "8"}}, CheckpointError, "'8'"),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": float("nan")}}, CheckpointError, "factor"),
+        ({**LLAMA, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, CheckpointError, "4 numbers"),
+        ({**LLAMA, "rope_scaling": [4]}, CheckpointError, "rope_scaling"),
+        ({**LLAMA, "rope_parameters": {"full_attention": {"rope_type": "default"}}}, UnsupportedConfig, "per kind of layer"),
+        ({**LLAMA, "tie_word_embeddings": "yes"}, CheckpointError, "tie_word_embeddings"),
+        ({**LLAMA, "vocab_size": 1 << 50}, CheckpointError, "vocab_size"),
         ({**LLAMA, "hidden_size": None}, CheckpointError, "hidden_size"),
         ({**LLAMA, "num_hidden_layers": "two"}, CheckpointError, "num_hidden_layers"),
         ({**LLAMA, "eos_token_id": "</s>"}, CheckpointError, "eos_token_id"),
         ({**DEEPSEEK, "scoring_func": "softmax"}, UnsupportedConfig, "scoring_func"),
         ({**DEEPSEEK, "topk_method": "greedy"}, UnsupportedConfig, "topk_method"),
         ({**DEEPSEEK, "n_group": 16}, UnsupportedConfig, "n_group"),
+        ({**DEEPSEEK, "n_group": None}, CheckpointError, "n_group"),
+        ({**DEEPSEEK, "qk_rope_head_dim": 7}, UnsupportedConfig, "odd"),
+        ({**DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "scoring_func": "sigmoid"}, UnsupportedConfig, "scoring_func"),
+        ({**DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "topk_method": "noaux_tc"}, UnsupportedConfig, "topk_method"),
+        ({**DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "norm_topk_prob": True}, UnsupportedConfig, "norm_topk_prob"),
         ({**DEEPSEEK, "num_experts_per_tok": 9}, UnsupportedConfig, "topk_group"),
         ([], CheckpointError, "JSON object"),
     ],
@@ -158,11 +179,55 @@ def test_tensor_parallel_sizes(load):
     for size, named in ((3, "num_attention_heads 8"), (0, "num_attention_heads"), (16, "num_attention_heads")):
         with pytest.raises(UnsupportedConfig, match=named):
             check_tensor_parallel(llama, size)
-    with pytest.raises(UnsupportedConfig, match="moe_intermediate_size 33"):
-        check_tensor_parallel(load({**DEEPSEEK, "moe_intermediate_size": 33}), 2)
-    three_heads = load({**LLAMA, "num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 120, "hidden_size": 48})
-    with pytest.raises(UnsupportedConfig, match="num_key_value_heads 3"):
-        check_tensor_parallel(three_heads, 2)
+    check_tensor_parallel(load({**DEEPSEEK, "moe_intermediate_size": 33, "intermediate_size": 7}), 8)  # these may be cut unevenly
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(8, 8), (8, 2), (12, 3), (20, 4), (6, 1), (15, 5)])
+def test_every_rank_has_the_key_value_heads_of_its_queries(load, num_heads, num_kv_heads):
+    config = load({**LLAMA, "head_dim": 8, "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads})
+    group = num_heads // num_kv_heads
+    for tp in (size for size in range(1, num_heads + 1) if num_heads % size == 0):
+        per_rank = num_heads // tp
+        for rank in range(tp):
+            wanted = {head // group for head in range(rank * per_rank, (rank + 1) * per_rank)}
+            assert set(kv_heads_of_rank(config, tp, rank)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("raw", "window"),
+    [
+        (MISTRAL, 4096),  # the family's default
+        ({**MISTRAL, "sliding_window": None}, None),
+        ({**MISTRAL, "sliding_window": 100}, 100),
+        ({**MISTRAL, "sliding_window": 32768}, None),  # hides nothing
+        ({**QWEN2, "sliding_window": 100}, None),
+        ({**QWEN2, "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 0}, 100),
+        ({**QWEN2, "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 2}, None),  # of 2 layers
+        ({**QWEN2, "use_sliding_window": True, "sliding_window": None}, None),
+        ({**QWEN2, "use_sliding_window": True, "sliding_window": 100, "layer_types": ["sliding_attention"] * 2}, 100),
+        ({**QWEN2, "layer_types": ["full_attention"] * 2}, None),
+    ],
+)
+def test_windows(load, raw, window):
+    assert load(raw).window == window
+    assert (b'"window":null' in load(raw).block_digest_input()) == (window is None)
+
+
+def test_experts_of_deepseek_v2(load):
+    v2 = {**DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "scoring_func": "softmax", "norm_topk_prob": False}
+    grouped = load({**v2, "topk_method": "group_limited_greedy", "rope_interleave": False})
+    assert grouped.moe == MoeConfig(16, 4, 1, 32, 4, 2, 1, False, 1.0, "softmax")
+    assert grouped.mla.rope_interleave
+    assert load({**v2, "topk_method": "greedy", "n_group": None, "topk_group": None}).moe == MoeConfig(
+        16, 4, 1, 32, 1, 1, 1, False, 1.0, "softmax"
+    )
+
+
+def test_settings_of_other_families_mean_nothing(load):
+    for raw in (QWEN2, MISTRAL):
+        config = load({**raw, "attention_bias": True, "mlp_bias": True})
+        assert (config.attention_bias, config.mlp_bias) == (False, False)
+    assert load({**QWEN2, "architectures": ["Qwen3ForCausalLM"], "attention_bias": True}).head_dim == 128
 
 
 def test_the_digest_input_holds_what_decides_a_block_and_nothing_else(load):

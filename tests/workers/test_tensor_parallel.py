@@ -9,19 +9,24 @@ from checkpoints import CONFIGS
 from rank_processes import run_groups, run_scenario
 from safetensors.torch import load_file
 
+from workers.checkpoint import Checkpoint
+from workers.dummy import dummy_weights
 from workers.layers.parameter import Placement
 from workers.models import MODELS
 from workers.models.config import load_model_config
 from workers.models.decoder import DecoderModel
 from workers.parallel import Communicator
-from workers.weights import dummy_weights, load_weights, wanted_parts
+from workers.weights import load_weights, wanted_parts
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.mark.parametrize(
     ("world_size", "names"),
-    [(2, ["llama", "qwen3", "deepseek"]), (4, ["llama-tied-bias", "deepseek-plain-q"])],  # the last Llama has fewer heads than ranks
+    [
+        (2, ["llama", "qwen3", "deepseek", "llama-cut-groups", "deepseek-v2"]),
+        (4, ["llama-tied-bias", "deepseek-plain-q", "llama-cut-groups", "deepseek-v2-lite"]),  # the first has fewer heads than ranks
+    ],
 )
 def test_ranks_together_do_what_one_does(checkpoints, world_size, names):
     for name, ranks in zip(names, run_groups(world_size, [checkpoints.folder(name) for name in names]), strict=True):
@@ -45,7 +50,7 @@ def build(folder, rank: int, world_size: int) -> DecoderModel:
     cpu = torch.device("cpu")
     placement = Placement(Communicator(rank, world_size, cpu, None), torch.float32, cpu)
     config = load_model_config(folder)
-    module, family = MODELS[config.architecture].split(":")
+    module, family = MODELS[config.architecture].implementation.split(":")
     return getattr(importlib.import_module(module), family)(config, placement, 64)
 
 
@@ -59,7 +64,7 @@ def gather_tensors(models: list[DecoderModel]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied-bias", "deepseek"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied-bias", "llama-cut-groups", "deepseek", "deepseek-v2-lite"])
 def test_dummy_weights_do_not_depend_on_the_number_of_ranks(checkpoints, name):
     gathered = []
     for world_size in (1, 2, 4):
@@ -85,10 +90,10 @@ def test_dummy_weights_do_not_depend_on_the_number_of_ranks(checkpoints, name):
 def test_ranks_read_every_tensor_between_them(checkpoints, name, world_size):
     """Against the tensors as transformers reads them."""
     folder = checkpoints.folder(name)
-    config = load_model_config(folder)
     models = [build(folder, rank, world_size) for rank in range(world_size)]
-    for model in models:
-        load_weights(model, config, folder, lambda phase, done, total: None)
+    with Checkpoint(folder) as checkpoint:
+        for model in models:
+            load_weights(model, checkpoint, lambda phase, done, total: None)
     stored = load_file(folder / "model.safetensors")
     for tensor, whole in gather_tensors(models).items():
         assert torch.equal(whole, stored[tensor]), tensor

@@ -8,6 +8,7 @@ import torch
 from model_driver import make_runner
 from safetensors.torch import load_file, save_file
 
+from workers.checkpoint import Checkpoint
 from workers.digest import dummy_digest, weights_digest
 from workers.errors import BadTensor
 from workers.layers.parameter import Placement
@@ -15,7 +16,7 @@ from workers.models.config import load_model_config
 from workers.models.deepseek import Deepseek
 from workers.models.llama import Llama
 from workers.parallel import Communicator
-from workers.weights import load_weights, wanted_parts
+from workers.weights import check_weights, load_weights, wanted_parts
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -25,7 +26,9 @@ CPU = torch.device("cpu")
 def loaded(folder, family=Llama, dtype=torch.float32, rank=0, world_size=1, progress=lambda phase, done, total: None):
     config = load_model_config(folder)
     model = family(config, Placement(Communicator(rank, world_size, CPU, None), dtype, CPU), 32)
-    load_weights(model, config, folder, progress)
+    with Checkpoint(folder) as checkpoint:
+        check_weights(model, config, checkpoint)
+        load_weights(model, checkpoint, progress)
     return {name: parameter.data[part.target] for name, part, parameter in wanted_parts(model)}
 
 

@@ -37,13 +37,29 @@ DEFAULT_BACKENDS = {"cpu": ["torch_paged"], "cuda": ["flashinfer", "torch_paged"
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """One rank's attention. For MLA `head_dim` is unused, and `num_kv_heads` is 1."""
+    """One rank's attention. For MLA `head_dim` is unused, and `num_kv_heads` is 1.
+
+    Query head n attends to key-value head `kv_head(n)` of the page. The groups of queries are of one size, except on ranks where the first
+    or the last group is cut by the border of ranks (`first_query` says where in its group query head 0 stands).
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
     latent_dim: int = 0  # C; 0: GQA
+    window: int | None = None  # tokens that a query sees, its own included; None: all
+    group_size: int = 0  # query heads per key-value head in the whole model; 0: num_heads / num_kv_heads
+    first_query: int = 0  # of query head 0, in its group
+
+    def kv_head(self, head: int) -> int:
+        return (self.first_query + head) // (self.group_size or self.num_heads // self.num_kv_heads)
+
+    @property
+    def has_equal_groups(self) -> bool:
+        """Whether every key-value head of the page serves as many query heads as the others."""
+        size, rest = divmod(self.num_heads, self.num_kv_heads)
+        return rest == 0 and all(self.kv_head(head) == head // size for head in range(self.num_heads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +92,8 @@ class AttentionBackend(abc.ABC):
 
     has_graphs = False  # whether decode steps may be captured: `reserve_graph` and `begin_graph` are there
     reads_behind_end = True  # whether it multiplies by what lies behind the end of a row in its last page
+    has_window = False  # whether `AttentionShape.window` is heeded
+    has_unequal_groups = False  # whether shapes without equal groups are
     batch: AttentionBatch
 
     def __init__(self, shape: AttentionShape, pool: PagePool) -> None:
@@ -168,6 +186,13 @@ def make_backend(name: str, shape: AttentionShape, pool: PagePool) -> AttentionB
 def _make_backend(name: str, shape: AttentionShape, pool: PagePool) -> AttentionBackend:
     if name not in BACKENDS:
         raise UnsupportedConfig(f"attention backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
-    module, cls = BACKENDS[name].split(":")
-    backend: AttentionBackend = getattr(importlib.import_module(module), cls)(shape, pool)
-    return backend
+    module, _, attribute = BACKENDS[name].partition(":")
+    cls: type[AttentionBackend] = getattr(importlib.import_module(module), attribute)
+    if shape.window is not None and not cls.has_window:
+        raise UnsupportedConfig(f"attention backend {name} has no sliding window; choose torch_paged")
+    if not shape.has_equal_groups and not cls.has_unequal_groups:
+        raise UnsupportedConfig(
+            f"attention backend {name} wants a tensor parallel size that divides num_key_value_heads or is a multiple of it; "
+            "choose torch_paged"
+        )
+    return cls(shape, pool)

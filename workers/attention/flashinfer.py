@@ -50,6 +50,7 @@ class _Planned:
 class FlashInferAttention(AttentionBackend):
     """UnsupportedConfig where FlashInfer is missing or has no kernel for the shape."""
 
+    has_window = True
     has_graphs = True
     reads_behind_end = False
 
@@ -57,6 +58,7 @@ class FlashInferAttention(AttentionBackend):
         super().__init__(shape, pool)
         self._check()
         self._is_mla = shape.latent_dim > 0
+        self._window_left = -1 if shape.window is None else shape.window - 1
         self._flashinfer = importlib.import_module("flashinfer")
         self._kernels = importlib.import_module("workers.kernels.pages")  # needs Triton
         self._kernel = "fa3" if torch.cuda.get_device_capability(pool.tensor.device)[0] == 9 else "fa2"
@@ -211,7 +213,7 @@ class FlashInferAttention(AttentionBackend):
         planned.plan(
             starts, pages, (lengths - 1) % self._block_size + 1, self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim,
             self._block_size, q_data_type=self.pool.tensor.dtype, kv_data_type=self.pool.tensor.dtype, sm_scale=self.shape.scale,
-            seq_lens=lengths,
+            seq_lens=lengths, window_left=self._window_left,
         )  # fmt: skip
 
     def _plan_prefill(self, planned: _Planned, rows: range) -> None:
@@ -219,7 +221,7 @@ class FlashInferAttention(AttentionBackend):
         planned.plan(
             self._query_starts(rows), starts, pages, (lengths - 1) % self._block_size + 1, self.shape.num_heads, self.shape.num_kv_heads,
             self.shape.head_dim, self._block_size, causal=True, sm_scale=self.shape.scale, q_data_type=self.pool.tensor.dtype,
-            kv_data_type=self.pool.tensor.dtype, seq_lens=lengths,
+            kv_data_type=self.pool.tensor.dtype, seq_lens=lengths, window_left=self._window_left,
         )  # fmt: skip
 
     def _plan_mla(self, planned: _Planned, rows: range) -> None:

@@ -14,6 +14,9 @@ from workers.attention.base import AttentionBackend, AttentionBatch
 class ReferenceAttention(AttentionBackend):
     """The oracle. Pools are read and written through their plain shapes."""
 
+    has_window = True
+    has_unequal_groups = True
+
     def begin(self, batch: AttentionBatch) -> None:
         self.batch = batch
 
@@ -25,13 +28,13 @@ class ReferenceAttention(AttentionBackend):
 
     def gqa(self, layer: int, q_TND: torch.Tensor) -> torch.Tensor:
         out_TND = torch.empty_like(q_TND)
-        group = self.shape.num_heads // self.shape.num_kv_heads
         for row in range(self.batch.num_rows):
             first, last = self.batch.query_starts[row], self.batch.query_starts[row + 1]
             pages = self.pool.tensor[self.batch.block_table[row], :, layer]  # [B, K, 2, block, D]
             keys, values = pages.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, : self.batch.seq_lens[row]]  # [K, S, D] each
             for head in range(self.shape.num_heads):
-                out_TND[first:last, head] = self._attend(q_TND[first:last, head], keys[head // group], values[head // group], row)
+                kv_head = self.shape.kv_head(head)
+                out_TND[first:last, head] = self._attend(q_TND[first:last, head], keys[kv_head], values[kv_head], row)
         return out_TND
 
     def write_mla(self, layer: int, latent_TP: torch.Tensor) -> None:
@@ -69,5 +72,8 @@ class ReferenceAttention(AttentionBackend):
         num_queries, length = len(q_QD), self.batch.seq_lens[row]
         scores_QS = q_QD.float() @ key_SD.float().T * self.shape.scale
         for query in range(num_queries):
-            scores_QS[query, length - num_queries + query + 1 :] = float("-inf")
+            position = length - num_queries + query
+            scores_QS[query, position + 1 :] = float("-inf")
+            if self.shape.window is not None:
+                scores_QS[query, : max(0, position + 1 - self.shape.window)] = float("-inf")
         return (torch.softmax(scores_QS, dim=1) @ value_SD.float()).to(q_QD.dtype)

@@ -4,11 +4,12 @@ Decode rows are gathered by whole page rows into a kept workspace, several seque
 workspace is small enough to stay in the cache, so pages travel from memory once. Other rows are few and long and go one by one.
 
 T tokens of the step, R decode rows of one gather, B blocks, S tokens of the gathered sequences, Q queries of a row, N query heads,
-K key-value heads, G = N / K, D head dimensions, C latent, P = latent + rope dimensions, V value dimensions
+K key-value heads as read, G = N / K, D head dimensions, C latent, P = latent + rope dimensions, V value dimensions
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,17 +23,23 @@ WORKSPACE_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}
 
 
 class _Gather(NamedTuple):
-    """Pages of decode rows [start, stop), padded to the longest of them."""
+    """Pages of decode rows [start, stop) that their windows reach into, padded to the longest of them."""
 
     start: int
     stop: int
     num_tokens: int  # S
     rows: torch.Tensor  # row numbers in the pool of layer 0, flat
-    mask: torch.Tensor  # [R, 1, 1, S]: 0 where a token is, -inf in the padding
+    mask: torch.Tensor  # [R, 1, 1, S]: 0 where a token in sight is, -inf elsewhere
 
 
 class TorchPagedAttention(AttentionBackend):
-    """Row numbers are those of layer 0; another layer's are a constant further, so a layer is addressed by shifting the pool's view."""
+    """Row numbers are those of layer 0; another layer's are a constant further, so a layer is addressed by shifting the pool's view.
+
+    Where groups of queries are unequal, key-value heads are read once per equal part of a group, so that the rest sees equal groups.
+    """
+
+    has_window = True
+    has_unequal_groups = True
 
     def __init__(self, shape: AttentionShape, pool: PagePool) -> None:
         super().__init__(shape, pool)
@@ -43,7 +50,9 @@ class TorchPagedAttention(AttentionBackend):
         self._token_rows = pool.tensor.view(-1, self._width)
         self._page_rows = pool.tensor.view(-1, self._block_size * self._width)
         self._workspace = pool.tensor.new_empty(0)
-        self._token_bytes = self._width * pool.tensor.element_size() * (1 if self._is_mla else 2 * shape.num_kv_heads)
+        self._read_heads = torch.tensor(_heads_to_read(shape), device=pool.tensor.device)
+        self._num_read_heads = len(self._read_heads)
+        self._token_bytes = self._width * pool.tensor.element_size() * (1 if self._is_mla else 2 * self._num_read_heads)
         self._max_bytes = WORKSPACE_BYTES[pool.tensor.device.type]
 
     def begin(self, batch: AttentionBatch) -> None:
@@ -65,8 +74,7 @@ class TorchPagedAttention(AttentionBackend):
         """Flat, in the order [2, R, K, B] for GQA and [R, B] for MLA, so that what is gathered needs no permutation."""
         if self._is_mla:
             return (block_table_RB * self._num_layers).flatten()
-        heads_K = torch.arange(self.shape.num_kv_heads, device=block_table_RB.device)
-        keys_RKB = (block_table_RB[:, None, :] * self.shape.num_kv_heads + heads_K[:, None]) * (2 * self._num_layers)
+        keys_RKB = (block_table_RB[:, None, :] * self.shape.num_kv_heads + self._read_heads[:, None]) * (2 * self._num_layers)
         return torch.stack((keys_RKB, keys_RKB + 1)).flatten()
 
     def _plan_gathers(self, batch: AttentionBatch) -> Iterator[_Gather]:
@@ -76,16 +84,32 @@ class TorchPagedAttention(AttentionBackend):
         while start < batch.num_decode_rows:
             stop, blocks = start, 0
             while stop < batch.num_decode_rows:
-                widest = max(blocks, -(-batch.seq_lens[stop] // self._block_size))
+                length = batch.seq_lens[stop]
+                widest = max(blocks, -(-length // self._block_size) - self._first_block(length, 1))
                 if stop > start and widest * self._block_size * (stop + 1 - start) > max_tokens:
                     break
                 stop, blocks = stop + 1, widest
-            num_tokens = blocks * self._block_size
-            padding = torch.arange(num_tokens, device=batch.device_seq_lens.device) >= batch.device_seq_lens[start:stop, None]
-            mask = torch.zeros(padding.shape, dtype=self.pool.tensor.dtype, device=padding.device).masked_fill_(padding, float("-inf"))
-            rows = self._page_row_numbers(batch.block_table[start:stop, :blocks])
-            yield _Gather(start, stop, num_tokens, rows, mask[:, None, None, :])
+            yield self._plan_gather(batch, start, stop, blocks)
             start = stop
+
+    def _first_block(self, length: int, num_queries: int) -> int:
+        """The first block of a row that its window, or that of the earliest of its queries, reaches into."""
+        return 0 if self.shape.window is None else max(0, length - num_queries + 1 - self.shape.window) // self._block_size
+
+    def _plan_gather(self, batch: AttentionBatch, start: int, stop: int, blocks: int) -> _Gather:
+        num_tokens = blocks * self._block_size
+        lengths_R1 = batch.device_seq_lens[start:stop, None]
+        positions_S = torch.arange(num_tokens, device=lengths_R1.device)
+        if self.shape.window is None:
+            table_RB, hidden_RS = batch.block_table[start:stop, :blocks], positions_S >= lengths_R1
+        else:
+            first_R1 = (lengths_R1 - self.shape.window).clamp_(min=0) // self._block_size
+            blocks_RB = first_R1 + torch.arange(blocks, device=lengths_R1.device)
+            table_RB = batch.block_table[start:stop].gather(1, blocks_RB.clamp_(max=batch.block_table.shape[1] - 1))
+            positions_RS = positions_S + first_R1 * self._block_size
+            hidden_RS = (positions_RS >= lengths_R1) | (positions_RS < lengths_R1 - self.shape.window)
+        mask_RS = torch.zeros(hidden_RS.shape, dtype=self.pool.tensor.dtype, device=hidden_RS.device).masked_fill_(hidden_RS, float("-inf"))
+        return _Gather(start, stop, num_tokens, self._page_row_numbers(table_RB), mask_RS[:, None, None, :])
 
     def _gather(self, rows: torch.Tensor, first_row: int) -> torch.Tensor:
         """Page rows, copied into the workspace, flat."""
@@ -104,7 +128,7 @@ class TorchPagedAttention(AttentionBackend):
 
     def gqa(self, layer: int, q_TND: torch.Tensor) -> torch.Tensor:
         out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-        num_kv_heads = self.shape.num_kv_heads
+        num_kv_heads = self._num_read_heads
         for gather in self._gathers:
             size = gather.stop - gather.start
             kv = self._gather(gather.rows, 2 * layer).view(2, size, num_kv_heads, gather.num_tokens, self._width)
@@ -118,13 +142,15 @@ class TorchPagedAttention(AttentionBackend):
         return out_TND
 
     def _gqa_row(self, layer: int, q_QND: torch.Tensor, row: int) -> torch.Tensor:
-        length, num_queries = self.batch.seq_lens[row], len(q_QND)
-        blocks = -(-length // self._block_size)
-        rows = self._page_row_numbers(self.batch.block_table[row : row + 1, :blocks])
-        kv = self._gather(rows, 2 * layer).view(2, self.shape.num_kv_heads, 1, -1, self._width)[:, :, :, :length]
-        q_KGQD = q_QND.unflatten(1, (self.shape.num_kv_heads, -1)).permute(1, 2, 0, 3)
+        length, num_queries, window = self.batch.seq_lens[row], len(q_QND), self.shape.window
+        first, blocks = self._first_block(length, num_queries), -(-length // self._block_size)
+        start = first * self._block_size
+        rows = self._page_row_numbers(self.batch.block_table[row : row + 1, first:blocks])
+        kv = self._gather(rows, 2 * layer).view(2, self._num_read_heads, 1, -1, self._width)[:, :, :, : length - start]
+        q_KGQD = q_QND.unflatten(1, (self._num_read_heads, -1)).permute(1, 2, 0, 3)
         keys, values = kv.expand(-1, -1, q_KGQD.shape[1], -1, -1)
-        mask = None if num_queries == length else _causal(num_queries, 0, length, length, q_QND.device)
+        is_plain = num_queries == length and (window is None or length <= window)
+        mask = None if is_plain else _visible(num_queries, start, length - start, length, q_QND.device, window)
         out = F.scaled_dot_product_attention(q_KGQD, keys, values, mask, is_causal=mask is None, scale=self.shape.scale)
         return out.permute(2, 0, 1, 3).flatten(1, 2)
 
@@ -196,7 +222,7 @@ class _OnlineSoftmax:
         num_queries, num_keys = self._q.shape[1], keys.shape[-1]
         scores = torch.matmul(self._q, keys).float()
         if start + num_keys > length - num_queries + 1:
-            visible = _causal(num_queries, start, num_keys, length, scores.device)
+            visible = _visible(num_queries, start, num_keys, length, scores.device)
             scores = scores.masked_fill_(~visible, float("-inf"))
         new_max = torch.maximum(self._max, scores.amax(-1, keepdim=True))
         weights = scores.sub_(new_max).exp_()
@@ -209,8 +235,17 @@ class _OnlineSoftmax:
         return (self._out / self._sum).to(self._q.dtype)
 
 
-def _causal(num_queries: int, start: int, num_keys: int, length: int, device: torch.device) -> torch.Tensor:
-    """[Q, S], true where the key at `start` + s is not after the query, the queries being the last of `length` positions."""
-    keys = torch.arange(start, start + num_keys, device=device)
-    queries = torch.arange(length - num_queries, length, device=device)
-    return keys <= queries[:, None]
+def _heads_to_read(shape: AttentionShape) -> list[int]:
+    """Key-value heads of the page, in the order in which equal groups of query heads attend to them."""
+    if shape.has_equal_groups:
+        return list(range(shape.num_kv_heads))
+    return [shape.kv_head(head) for head in range(0, shape.num_heads, math.gcd(shape.num_heads, shape.group_size))]
+
+
+def _visible(num_queries: int, start: int, num_keys: int, length: int, device: torch.device, window: int | None = None) -> torch.Tensor:
+    """[Q, S], true where the key at `start` + s is not after the query and within its window, the queries being the last of `length`
+    positions."""
+    keys_S = torch.arange(start, start + num_keys, device=device)
+    queries_Q1 = torch.arange(length - num_queries, length, device=device)[:, None]
+    visible = keys_S <= queries_Q1
+    return visible if window is None else visible & (keys_S > queries_Q1 - window)

@@ -1,9 +1,10 @@
 """How keys and values lie in a rank's pages, and how a page relates to a stored block. Imports no torch.
 
-GQA   page  [max(1, kv_heads / tp), layers, 2, block_size, head_dim]    block [kv_heads, layers, 2, block_size, head_dim]   part: a head
+GQA   page  [heads of the rank, layers, 2, block_size, head_dim]        block [kv_heads, layers, 2, block_size, head_dim]   part: a head
 MLA   page  [layers, block_size, kv_lora_rank + rope_dim]               block: the same, once                               part: a layer
 
 A page is a run of consecutive parts of its block, so a block written at one tensor-parallel size is read at another without conversion.
+A key-value head whose queries span ranks is in the page of each, and written to the store by the first of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 from cache_store.keys import DTYPE_BYTES, Layout
-from workers.models.config import ModelConfig, check_tensor_parallel
+from workers.models.config import ModelConfig, check_tensor_parallel, kv_heads_of_rank
 
 DEFAULT_BLOCK_SIZE = {"gqa": 16, "mla": 64}  # tokens
 
@@ -50,19 +51,18 @@ def page_layout(config: ModelConfig, *, block_size: int | None, dtype: str, tens
 
 def _gqa_layout(config: ModelConfig, block_size: int, dtype: str, tp: int, rank: int) -> PageLayout:
     part_shape = (config.num_layers, 2, block_size, config.head_dim)
-    num_heads = max(1, config.num_kv_heads // tp)
-    ranks_per_head = max(1, tp // config.num_kv_heads)
-    first = rank * config.num_kv_heads // tp
+    heads = kv_heads_of_rank(config, tp, rank)
+    num_shared = kv_heads_of_rank(config, tp, rank - 1).stop - heads.start if rank else 0  # 1: the rank before writes the first head
     return PageLayout(
         store=Layout("gqa", 0, block_size, dtype, config.num_kv_heads, part_shape),
         tensor_parallel_size=tp,
         rank=rank,
-        page_shape=(num_heads, *part_shape),
+        page_shape=(len(heads), *part_shape),
         dtype=dtype,
-        first_part=first,
-        num_parts=num_heads,
-        first_written_part=first,
-        num_written_parts=num_heads if rank % ranks_per_head == 0 else 0,
+        first_part=heads.start,
+        num_parts=len(heads),
+        first_written_part=heads.start + num_shared,
+        num_written_parts=len(heads) - num_shared,
     )
 
 

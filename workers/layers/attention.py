@@ -12,21 +12,23 @@ from workers.attention.base import AttentionBackend
 from workers.layers.linear import ColumnLinear, RowLinear
 from workers.layers.norm import RmsNorm
 from workers.layers.parameter import Placement, Share
-from workers.models.config import ModelConfig
+from workers.models.config import ModelConfig, kv_heads_of_rank
 
 
 class GqaAttention(nn.Module):
-    """Heads split over the ranks. With more ranks than key-value heads, neighbouring ranks compute the same head."""
+    """Heads split over the ranks. Where the queries of one key-value head span ranks, each of these computes that head."""
 
-    def __init__(self, config: ModelConfig, layer: int, placement: Placement, *, qk_norm: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, placement: Placement, *, qkv_bias: bool = False, bias: bool = False, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self._layer = layer
         self._head_dim = config.head_dim
         heads, kv_heads = placement.share(config.num_heads), kv_head_share(config, placement)
         self._num_heads, self._num_kv_heads = heads.size, kv_heads.size
         q, kv = (Share(s.total * config.head_dim, s.start * config.head_dim, s.stop * config.head_dim) for s in (heads, kv_heads))
-        self.qkv_proj = ColumnLinear(placement, config.hidden_size, [q, kv, kv], bias=config.attention_bias)
-        self.o_proj = RowLinear(placement, q, config.hidden_size, bias=config.attention_bias)
+        self.qkv_proj = ColumnLinear(placement, config.hidden_size, [q, kv, kv], bias=qkv_bias or bias)
+        self.o_proj = RowLinear(placement, q, config.hidden_size, bias=bias)
         self.q_norm = RmsNorm(placement, config.head_dim, config.rms_norm_eps) if qk_norm else None
         self.k_norm = RmsNorm(placement, config.head_dim, config.rms_norm_eps) if qk_norm else None
 
@@ -38,7 +40,6 @@ class GqaAttention(nn.Module):
 
 
 def kv_head_share(config: ModelConfig, placement: Placement) -> Share:
-    """The key-value heads of this rank: an equal share, or one head that neighbours also have."""
-    tp, rank = placement.comm.world_size, placement.comm.rank
-    first = rank * config.num_kv_heads // tp
-    return Share(config.num_kv_heads, first, first + max(1, config.num_kv_heads // tp))
+    """The key-value heads of this rank; neighbours may have its first and last one too."""
+    heads = kv_heads_of_rank(config, placement.comm.world_size, placement.comm.rank)
+    return Share(config.num_kv_heads, heads.start, heads.stop)

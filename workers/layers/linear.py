@@ -39,22 +39,22 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """A projection whose inputs are split over the ranks; the partial outputs are summed by one all-reduce, then the bias is added."""
+    """A projection whose inputs are split over the ranks; the partial outputs are summed by one all-reduce. The bias is rank 0's alone, so
+    that it comes into the sum once."""
 
     def __init__(self, placement: Placement, share: Share, num_outputs: int, *, bias: bool = False, reduce: bool = True) -> None:
         super().__init__()
         source = (slice(0, num_outputs), slice(share.start, share.stop))
         target = (slice(0, num_outputs), slice(0, share.size))
         self.weight = placement.matrix((num_outputs, share.size), [Part((num_outputs, share.total), source, target)])
-        self.bias = placement.whole((num_outputs,)) if bias else None
+        self.bias = placement.whole((num_outputs,)) if bias else None  # read by every rank: a checkpoint is checked the same on all
         self._comm = placement.comm
+        self._is_first = placement.comm.rank == 0
         self._reduce = reduce  # False: the caller adds other partial sums first and reduces once
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        out_TO = F.linear(x_TI, self.weight)
-        if self._reduce:
-            out_TO = self._comm.all_reduce(out_TO)
-        return out_TO if self.bias is None else out_TO + self.bias
+        out_TO = F.linear(x_TI, self.weight, self.bias if self._is_first else None)
+        return self._comm.all_reduce(out_TO) if self._reduce else out_TO
 
 
 class GatedMlp(nn.Module):

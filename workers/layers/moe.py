@@ -1,4 +1,5 @@
-"""Routed and shared experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), as transformers computes them.
+"""Routed and shared experts of DeepSeek-V2 (arXiv 2405.04434, section 2.2) and V3 (arXiv 2412.19437, section 2.1.2), as transformers
+computes them.
 
 T tokens, H hidden, E experts, G groups of experts, K experts per token, I intermediate size on this rank
 """
@@ -15,35 +16,39 @@ from workers.models.config import MoeConfig
 
 
 class Router(nn.Module):
-    """Chooses experts by sigmoid scores plus a correction bias, inside the best groups; weights come from the scores alone. Float32."""
+    """Chooses experts by their scores, inside the best groups; weights come from the scores alone. Float32.
+
+    sigmoid (V3): a correction bias joins the choice; a group counts as its best two.   softmax (V2): a group counts as its best.
+    """
 
     def __init__(self, moe: MoeConfig, hidden_size: int, placement: Placement) -> None:
         super().__init__()
         self._moe = moe
         self.weight = placement.whole((moe.num_experts, hidden_size), torch.float32)
-        self.e_score_correction_bias = placement.whole((moe.num_experts,), torch.float32)
+        self.e_score_correction_bias = placement.whole((moe.num_experts,), torch.float32) if moe.scoring == "sigmoid" else None
 
     def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts [T, K] (integers) and their weights [T, K]."""
         moe = self._moe
+        logits_TE = F.linear(x_TH.float(), self.weight)
         if x_TH.is_cuda:
             from workers.kernels.experts import choose_experts
 
             return choose_experts(
-                F.linear(x_TH.float(), self.weight),
+                logits_TE,
                 self.e_score_correction_bias,
                 moe.num_experts_per_token,
                 num_groups=moe.num_groups,
                 num_kept_groups=moe.num_groups_per_token,
-                sigmoid=True,
+                sigmoid=moe.scoring == "sigmoid",
                 normalise=moe.normalise_weights,
                 scale=moe.scaling_factor,
             )
-        scores_TE = F.linear(x_TH.float(), self.weight).sigmoid()
-        choice_TE = scores_TE + self.e_score_correction_bias
+        scores_TE = logits_TE.sigmoid() if moe.scoring == "sigmoid" else logits_TE.softmax(-1)
+        choice_TE = scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias
         if moe.num_groups > 1:
             choice_TGE = choice_TE.unflatten(1, (moe.num_groups, -1))
-            groups_TG = choice_TGE.topk(2, dim=-1).values.sum(-1)
+            groups_TG = choice_TGE.topk(2, dim=-1).values.sum(-1) if moe.scoring == "sigmoid" else choice_TGE.amax(-1)
             kept = groups_TG.topk(moe.num_groups_per_token, dim=-1).indices
             dropped_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, kept, False)
             choice_TE = choice_TGE.masked_fill(dropped_TG[..., None], float("-inf")).flatten(1)
@@ -101,13 +106,14 @@ class Experts(nn.Module):
 class MoeMlp(nn.Module):
     """Routed experts plus one shared MLP that every token takes; one all-reduce for both."""
 
-    def __init__(self, moe: MoeConfig, hidden_size: int, placement: Placement) -> None:
+    def __init__(self, moe: MoeConfig, hidden_size: int, placement: Placement, *, bias: bool = False) -> None:
+        """`bias`: of the shared MLP; experts have none."""
         super().__init__()
         self._comm = placement.comm
         self.gate = Router(moe, hidden_size, placement)
         self.experts = Experts(moe, hidden_size, placement)
         shared_size = moe.num_shared_experts * moe.intermediate_size
-        self.shared_experts = GatedMlp(placement, hidden_size, shared_size, reduce=False) if shared_size else None
+        self.shared_experts = GatedMlp(placement, hidden_size, shared_size, bias=bias, reduce=False) if shared_size else None
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         experts_TK, weights_TK = self.gate(x_TH)

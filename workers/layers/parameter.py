@@ -12,6 +12,8 @@ from torch import nn
 from workers.parallel import Communicator
 
 Slices = tuple[slice | int, ...]
+_GRANULES = (64, 16, 8, 1)  # rows: tensor cores want multiples of 8 at the least
+_MIN_GRANULES = 8  # per rank: a coarser cut would leave ranks waiting for the one with most
 
 
 class Part(NamedTuple):
@@ -43,10 +45,15 @@ class Placement:
     device: torch.device
 
     def share(self, total: int) -> Share:
-        """This rank's equal share of a dimension that the tensor-parallel size divides."""
-        size, rest = divmod(total, self.comm.world_size)
-        assert rest == 0
-        return Share(total, self.comm.rank * size, (self.comm.rank + 1) * size)
+        """This rank's share of a dimension. Where the ranks do not divide it, shares begin at multiples of a granule, so that the matrices
+        stay aligned; a dimension smaller than the group leaves some ranks with nothing."""
+        world_size, rank = self.comm.world_size, self.comm.rank
+        granule = (
+            1 if total % world_size == 0 else next(size for size in _GRANULES if total >= size * _MIN_GRANULES * world_size or size == 1)
+        )
+        num_granules = -(-total // granule)
+        start, stop = (min(total, granule * (num_granules * each // world_size)) for each in (rank, rank + 1))
+        return Share(total, start, stop)
 
     def weight(self, shape: Sequence[int], parts: Sequence[Part], dtype: torch.dtype | None = None) -> nn.Parameter:
         """An uninitialised parameter of `shape` whose `parts` the loader fills, in the order in which `weights` names their tensors."""

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from workers.models.config import RopeConfig, yarn_mscale
+from workers.models.rope import RopeConfig, yarn_mscale
 
 
 class RotaryTable:

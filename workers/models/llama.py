@@ -1,4 +1,4 @@
-"""Llama: grouped-query attention and a gated MLP in every layer."""
+"""Llama and Mistral: grouped-query attention and a gated MLP in every layer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from workers.models.decoder import DecoderLayer, DecoderModel
 
 
 class Llama(DecoderModel):
-    """LlamaForCausalLM."""
+    """LlamaForCausalLM, and MistralForCausalLM, which differs in its window alone; that is the attention backend's."""
 
     def make_layer(self, config: ModelConfig, layer: int, placement: Placement) -> nn.Module:
-        attention = GqaAttention(config, layer, placement)
+        attention = GqaAttention(config, layer, placement, bias=config.attention_bias)
         mlp = GatedMlp(placement, config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         return DecoderLayer(config, placement, attention, mlp)

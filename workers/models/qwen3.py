@@ -15,5 +15,5 @@ class Qwen3(DecoderModel):
     """Qwen3ForCausalLM."""
 
     def make_layer(self, config: ModelConfig, layer: int, placement: Placement) -> nn.Module:
-        attention = GqaAttention(config, layer, placement, qk_norm=True)
+        attention = GqaAttention(config, layer, placement, bias=config.attention_bias, qk_norm=True)
         return DecoderLayer(config, placement, attention, GatedMlp(placement, config.hidden_size, config.intermediate_size))
