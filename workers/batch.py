@@ -28,6 +28,9 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+_READ_AHEAD_PAGES = 256  # kernels may look up pages of a whole tile of keys, behind the end of the last row
+
+
 class Mirror:
     """An array on the host and its copy on the device; on the CPU they are the same memory."""
 
@@ -209,7 +212,7 @@ class Batch:
         kv_starts, kv_pages = self._kv_pages(slots, last_block) if self._on_cuda else (None, np.empty(0, np.int32))
         device = self._send(
             slots, np.concatenate([np.empty(0, np.uint32), *host_ids]), positions, pages, offsets, after, starts[sampled + 1] - 1, started,
-            slots[sampled], _as_words(kv_pages),
+            slots[sampled], _as_words(np.concatenate((kv_pages, np.full(_READ_AHEAD_PAGES, NULL_PAGE, np.int32)))),
         )  # fmt: skip
         device_slots, device_ids, device_positions, device_pages, device_offsets, device_after, sampled_tokens, started_pages = device[:8]
         attention = AttentionBatch(

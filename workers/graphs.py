@@ -1,22 +1,26 @@
-"""Decode steps as captured CUDA graphs, one per padded batch size. A replay costs the host one launch instead of several per layer.
+"""Steps as captured CUDA graphs: a replay costs the host one launch instead of dozens.
 
-    captured     tokens by slot -> model -> logits, over the addresses of `GraphInputs` and of the attention backend's own buffers
-    every step   the batch fills the inputs, the backend plans its lengths, the graph is replayed on the stream of all other work
+    decode rows alone     one graph from tokens to logits, per padded number of rows
+    anything else         a graph for what lies between two attentions, per layer and padded number of tokens; attention itself, which depends
+                          on the rows, is launched between them
 
-All graphs share one memory pool, largest first, since only one runs at a time. Logits are read before the next replay is launched behind
-them on the same stream.
+A step fills the inputs that graphs read and the backend plans its lengths; then graphs are replayed on the stream of all other work. All
+share one memory pool, largest first, since only one runs at a time; results are read before the next replay is launched behind them.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from workers.attention.base import AttentionBackend, AttentionBatch
+from workers.attention.base import AttentionBackend, AttentionBatch, Rope
 from workers.batch import Batch, GraphInputs
-from workers.models.decoder import DecoderModel
+from workers.models.decoder import DecoderLayer, DecoderModel
 from workers.step import NULL_PAGE
 
 _SMALL_SIZES = (1, 2, 4, 8)
@@ -24,6 +28,7 @@ _STEP_SIZE = 16
 _NUM_WARM_UPS = 2  # kernels are built and tuned on first use, which must not happen while capturing
 
 Progress = Callable[[str, int, int], None]
+Recorded = TypeVar("Recorded")
 
 
 def captured_sizes(max_num_seqs: int) -> list[int]:
@@ -67,6 +72,101 @@ class DecodeGraphs:
         graph, logits_BV = self._graphs[attention.num_rows]
         graph.replay()
         return logits_BV[:num_rows]
+
+
+class PieceGraphs:
+    """Captured on construction, for steps of up to `max_tokens`. What passes between graphs and attention lies in shared buffers."""
+
+    def __init__(self, model: DecoderModel, backend: AttentionBackend, max_tokens: int, device: torch.device, progress: Progress) -> None:
+        self._model = model
+        self._backend = backend
+        self._pool = torch.cuda.graph_pool_handle()
+        self._inputs = torch.zeros((4, max_tokens), dtype=torch.int64, device=device)  # ids, positions, pages, offsets
+        self._queries: torch.Tensor | None = None  # [T, N, D]
+        self._attended: torch.Tensor | None = None  # [T, O]
+        self._hidden: torch.Tensor | None = None  # [T, H]
+        self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # by size; one more than layers
+        sizes = piece_sizes(max_tokens)
+        progress("pieces", 0, len(sizes))
+        for number, size in enumerate(reversed(sizes), start=1):
+            self._graphs[size] = self._capture(size)
+            progress("pieces", number, len(sizes))
+
+    def run(self, ids_T: torch.Tensor, positions_T: torch.Tensor, batch: AttentionBatch) -> torch.Tensor | None:
+        """Hidden states [T, H], as DecoderModel.forward, valid until the next run; None when the step is too large. The backend has begun
+        the batch."""
+        count = len(ids_T)
+        size = min((size for size in self._graphs if size >= count), default=0)
+        if not size:
+            return None
+        assert self._queries is not None
+        assert self._attended is not None
+        assert self._hidden is not None
+        self._inputs[:, :size] = 0
+        self._inputs[:, :count] = torch.stack((ids_T, positions_T, batch.pages, batch.offsets))
+        *before, last = self._graphs[size]
+        queries, attended = self._queries[:count], self._attended[:count]
+        for graph, layer in zip(before, self._model.layers, strict=True):
+            graph.replay()
+            attended.copy_(layer.self_attn.attend(queries, self._backend))
+        last.replay()
+        return self._hidden[:count]
+
+    def _capture(self, size: int) -> list[torch.cuda.CUDAGraph]:
+        ids, positions, pages, offsets = self._inputs[:, :size].unbind()
+        self._backend.batch = AttentionBatch(0, [0, size], [size], pages, pages[:0, None], pages, offsets)  # where to write
+        layers: list[DecoderLayer] = list(self._model.layers)
+
+        def first() -> tuple[torch.Tensor, Rope]:
+            rope = self._model.rope(positions)
+            queries, x_TH = layers[0].before(self._model.embed_tokens(ids), None, rope, self._backend)
+            self._queries = _keep(self._queries, queries)
+            return x_TH, rope
+
+        graph, (x_TH, rope) = self._record(first)
+        graphs = [graph]
+        if self._attended is None:
+            self._attended = x_TH.new_zeros((size, layers[0].self_attn.o_proj.weight.shape[1]))
+        attended = self._attended[:size]
+
+        def between(layer: DecoderLayer, following: DecoderLayer, x_TH: torch.Tensor) -> torch.Tensor:
+            x_TH, delta_TH = layer.after(x_TH, attended)
+            queries, x_TH = following.before(x_TH, delta_TH, rope, self._backend)
+            self._queries = _keep(self._queries, queries)
+            return x_TH
+
+        for layer, following in itertools.pairwise(layers):
+            graph, x_TH = self._record(partial(between, layer, following, x_TH))
+            graphs.append(graph)
+
+        def last() -> None:
+            last_TH, delta_TH = layers[-1].after(x_TH, attended)
+            self._hidden = _keep(self._hidden, last_TH + delta_TH)
+
+        return [*graphs, self._record(last)[0]]
+
+    def _record(self, piece: Callable[[], Recorded]) -> tuple[torch.cuda.CUDAGraph, Recorded]:
+        """Runs the piece once, so that kernels are built, and then captures it."""
+        piece()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = piece()
+        return graph, result
+
+
+def _keep(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    """Copies into a buffer that is made for the first, largest value."""
+    if buffer is None:
+        return value.clone()
+    buffer[: len(value)] = value
+    return buffer
+
+
+def piece_sizes(max_tokens: int) -> list[int]:
+    """Padded numbers of tokens up to `max_tokens`: close together, since padding is computed like any other token."""
+    sizes = [16, 32, 64, 96, *range(128, 512, 64), *range(512, 1024, 128), *range(1024, max_tokens + 256, 256)]
+    return sorted({min(size, max_tokens) for size in sizes})
 
 
 def _padding(inputs: GraphInputs) -> AttentionBatch:

@@ -72,10 +72,12 @@ class Runner:
         self._backend = make_backend(config.attention_backend, shape, self.pool)
         self._batch = Batch(config.max_num_seqs, self.max_model_len, self.layout.block_size, model_config.vocab_size, device)
         self._graphs: DecodeGraphs | None = None
+        self._pieces: PieceGraphs | None = None
         if device.type == "cuda" and self._backend.has_graphs and config.cuda_graphs:
-            from workers.graphs import DecodeGraphs
+            from workers.graphs import DecodeGraphs, PieceGraphs
 
             with torch.inference_mode():
+                self._pieces = PieceGraphs(self._model, self._backend, config.max_num_batched_tokens, device, progress)
                 self._graphs = DecodeGraphs(self._model, self._backend, self._batch, config.max_num_seqs, progress)
         digest_input = model_config.block_digest_input()
         self.info_fields: dict[str, Any] = {  # of GroupInfo, all but pids
@@ -147,7 +149,9 @@ class Runner:
             # A page's earlier tenant may have left NaN or infinity, which a masked weight of 0 would still spread.
             self.pool.tensor.index_fill_(0, step.started_pages, 0)
         self._backend.begin(step.attention)
-        hidden_TH = self._model(step.ids, step.positions, self._backend)
+        hidden_TH = self._pieces.run(step.ids, step.positions, step.attention) if self._pieces is not None else None
+        if hidden_TH is None:
+            hidden_TH = self._model(step.ids, step.positions, self._backend)
         prompt_logprobs = self._score_prompts(step, hidden_TH)
         if len(step.sampled_slots) == 0:
             return hidden_TH.new_empty((0, self._vocab_size)), prompt_logprobs

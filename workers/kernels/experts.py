@@ -2,8 +2,9 @@
 
     logits [T, E] --choose--> experts, weights [T, K] --group--> pairs sorted by expert --gate_up, silu--> [T*K, I] --down--> [T*K, H] --sum
 
-A pair is one token at one expert, numbered token * K + k. A program of a grouped product owns one expert and some output columns and walks
-over the expert's pairs, so weights are read once for few tokens and stay in the cache for many.
+A pair is one token at one expert, numbered token * K + k. For few pairs per expert a program of a grouped product owns one expert and some
+output columns and walks over the expert's pairs: weights are streamed once, which is all that matters then. For many, the products are
+torch's grouped_mm over tokens gathered in the order of experts.
 
 T tokens, H hidden, E experts, G groups of experts, K experts per token, I intermediate, P = T * K pairs
 """
@@ -14,8 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from workers.kernels.norm import silu_mul
+
 _GROUP_BLOCK = 1024
 _MAX_GROUPED_PAIRS = 8192  # beyond, a sort is faster than a pass per expert
+_MANY_PAIRS = 64  # per expert
 
 
 @triton.jit
@@ -179,16 +183,36 @@ def _down(
 
 
 @triton.jit
-def _sum_pairs(pairs_ptr, shared_ptr, out_ptr, H, K: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_pairs(
+    pairs_ptr, places_ptr, scale_ptr, shared_ptr, out_ptr, H,
+    K: tl.constexpr, SORTED: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
-        total += tl.load(pairs_ptr + (token * K + k) * H + column, mask=inside, other=0.0).to(tl.float32)
+        pair = token * K + k
+        if SORTED:
+            row = tl.load(places_ptr + pair).to(tl.int64)
+            total += tl.load(scale_ptr + pair) * tl.load(pairs_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
+        else:
+            total += tl.load(pairs_ptr + pair * H + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHARED:
         total += tl.load(shared_ptr + token * H + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * H + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _sum(pairs_PH: torch.Tensor, weights_TK: torch.Tensor, shared_TH: torch.Tensor | None, places_P: torch.Tensor | None) -> torch.Tensor:
+    """[T, H]: rows in the order of pairs, already weighted, or at `places_P`, to be weighted."""
+    num_tokens, num_chosen = weights_TK.shape
+    hidden = pairs_PH.shape[1]
+    out_TH = pairs_PH.new_empty((num_tokens, hidden))
+    _sum_pairs[(num_tokens, triton.cdiv(hidden, 1024))](
+        pairs_PH, weights_TK if places_P is None else places_P, weights_TK, out_TH if shared_TH is None else shared_TH, out_TH, hidden,
+        K=num_chosen, SORTED=places_P is not None, HAS_SHARED=shared_TH is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return out_TH
 
 
 def run_experts(
@@ -200,15 +224,20 @@ def run_experts(
     shared_TH: torch.Tensor | None,
 ) -> torch.Tensor:
     """Weighted sum over each token's experts, plus `shared_TH`. Weights: [E, gate | up, H] and [E, H, I]."""
-    num_tokens, hidden = x_TH.shape
     num_experts, _, size = down_EHI.shape
-    num_chosen = experts_TK.shape[1]
-    num_pairs = num_tokens * num_chosen
+    num_pairs = experts_TK.numel()
     order_P, starts = group_pairs(experts_TK, num_experts)
-    shape = _tile(num_pairs / num_experts)
+    if num_pairs > _MANY_PAIRS * num_experts and x_TH.dtype is torch.bfloat16 and size % 8 == 0:
+        sorted_PH = x_TH[order_P // experts_TK.shape[1]]
+        inner_PI = silu_mul(torch._grouped_mm(sorted_PH, gate_up_EIH.transpose(1, 2), offs=starts[1:]))
+        pairs_PH = torch._grouped_mm(inner_PI, down_EHI.transpose(1, 2), offs=starts[1:])
+        places_P = torch.empty_like(order_P)
+        places_P[order_P] = torch.arange(num_pairs, dtype=torch.int32, device=order_P.device)
+        return _sum(pairs_PH, weights_TK, shared_TH, places_P)
+    hidden, shape = x_TH.shape[1], _tile(num_pairs / num_experts)
     inner_PI = x_TH.new_empty((num_pairs, size))
     _gate_up[(num_experts, triton.cdiv(size, shape["BLOCK_N"]))](
-        x_TH, gate_up_EIH, order_P, starts, inner_PI, hidden, size, num_chosen,
+        x_TH, gate_up_EIH, order_P, starts, inner_PI, hidden, size, experts_TK.shape[1],
         BLOCK_P=shape["BLOCK_M"], BLOCK_I=shape["BLOCK_N"], BLOCK_H=shape["BLOCK_K"], num_warps=shape["num_warps"], num_stages=3,
     )  # fmt: skip
     pairs_PH = x_TH.new_empty((num_pairs, hidden))
@@ -216,12 +245,7 @@ def run_experts(
         inner_PI, down_EHI, order_P, starts, weights_TK, pairs_PH, hidden, size,
         BLOCK_P=shape["BLOCK_M"], BLOCK_H=shape["BLOCK_N"], BLOCK_I=shape["BLOCK_K"], num_warps=shape["num_warps"], num_stages=4,
     )  # fmt: skip
-    out_TH = torch.empty_like(x_TH)
-    _sum_pairs[(num_tokens, triton.cdiv(hidden, 1024))](
-        pairs_PH, x_TH if shared_TH is None else shared_TH, out_TH, hidden,
-        K=num_chosen, HAS_SHARED=shared_TH is not None, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
-    return out_TH
+    return _sum(pairs_PH, weights_TK, shared_TH, None)
 
 
 def _tile(pairs_per_expert: float) -> dict[str, int]:

@@ -96,10 +96,10 @@ def _rotate_and_write_mla(
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         normed = latent * tl.rsqrt(tl.sum(latent * latent, 0) / C + eps) * weight
         tl.store(target + columns, normed.to(pool_ptr.dtype.element_ty), mask=inside)
-        first = tl.load(source + C + first_in).to(tl.float32)
-        second = tl.load(source + C + second_in).to(tl.float32)
-        tl.store(target + C + half, (first * cos - second * sin).to(pool_ptr.dtype.element_ty))
-        tl.store(target + C + R + half, (second * cos + first * sin).to(pool_ptr.dtype.element_ty))
+        key_first = tl.load(source + C + first_in).to(tl.float32)
+        key_second = tl.load(source + C + second_in).to(tl.float32)
+        tl.store(target + C + half, (key_first * cos - key_second * sin).to(pool_ptr.dtype.element_ty))
+        tl.store(target + C + R + half, (key_second * cos + key_first * sin).to(pool_ptr.dtype.element_ty))
     else:
         head = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
         inside_heads = (head < num_heads)[:, None]

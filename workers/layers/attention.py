@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from workers.attention.base import AttentionBackend
+from workers.attention.base import AttentionBackend, Rope
 from workers.layers.linear import ColumnLinear, RowLinear
 from workers.layers.norm import RmsNorm
 from workers.layers.parameter import Placement, Share
@@ -32,11 +32,20 @@ class GqaAttention(nn.Module):
         self.q_norm = RmsNorm(placement, config.head_dim, config.rms_norm_eps) if qk_norm else None
         self.k_norm = RmsNorm(placement, config.head_dim, config.rms_norm_eps) if qk_norm else None
 
-    def forward(self, x_TH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], backend: AttentionBackend) -> torch.Tensor:
+    def prepare(self, x_TH: torch.Tensor, rope: Rope, backend: AttentionBackend) -> torch.Tensor:
+        """Queries [T, N, D]; keys and values are in their pages afterwards."""
         qkv_TMD = self.qkv_proj(x_TH).view(x_TH.shape[0], -1, self._head_dim)
         norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm is not None and self.k_norm is not None else None
         backend.rotate_and_write_gqa(self._layer, qkv_TMD, rope, norms)
-        return self.o_proj(backend.gqa(self._layer, qkv_TMD[:, : self._num_heads]).flatten(1))
+        return qkv_TMD[:, : self._num_heads]
+
+    def attend(self, q_TND: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
+        """[T, N * D]"""
+        return backend.gqa(self._layer, q_TND).flatten(1)
+
+    def finish(self, out_TO: torch.Tensor) -> torch.Tensor:
+        """[T, H]"""
+        return self.o_proj(out_TO)
 
 
 def kv_head_share(config: ModelConfig, placement: Placement) -> Share:

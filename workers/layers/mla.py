@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from workers.attention.base import AttentionBackend
+from workers.attention.base import AttentionBackend, Rope
 from workers.layers.linear import ColumnLinear, RowLinear
 from workers.layers.norm import RmsNorm
 from workers.layers.parameter import Placement, Share, whole
@@ -45,10 +45,15 @@ class MlaAttention(nn.Module):
         self.kv_b_proj = ColumnLinear(placement, mla.kv_lora_rank, [ups])
         self.o_proj = RowLinear(placement, values, config.hidden_size, bias=bias)
 
-    def forward(self, x_TH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], backend: AttentionBackend) -> torch.Tensor:
+    def prepare(self, x_TH: torch.Tensor, rope: Rope, backend: AttentionBackend) -> torch.Tensor:
+        """Queries [T, N, D]; latents and rope keys are in their pages afterwards."""
         q_TND, latent_TP = self._project(x_TH)
         norm = (self.kv_a_layernorm.weight, self.kv_a_layernorm.eps)
         backend.rotate_and_write_mla(self._layer, q_TND, latent_TP, rope, norm, self._mla.rope_interleave)
+        return q_TND
+
+    def attend(self, q_TND: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
+        """[T, N * V]"""
         num_absorbed_rows = self._num_absorbed_rows(backend)
         rows = range(backend.batch.num_rows)
         first_plain = backend.batch.query_starts[num_absorbed_rows]
@@ -58,7 +63,11 @@ class MlaAttention(nn.Module):
         if num_absorbed_rows < len(rows):
             up_OC = self.kv_b_proj.weight
             parts.append(backend.mla_plain(self._layer, q_TND[first_plain:], up_OC, self._mla.v_dim, rows[num_absorbed_rows:]))
-        return self.o_proj((torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1))
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
+
+    def finish(self, out_TO: torch.Tensor) -> torch.Tensor:
+        """[T, H]"""
+        return self.o_proj(out_TO)
 
     def _project(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._mla.q_lora_rank is None:
