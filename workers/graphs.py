@@ -1,8 +1,8 @@
 """Steps as captured CUDA graphs: a replay costs the host one launch instead of dozens.
 
     decode rows alone     one graph from tokens to logits, per padded number of rows
-    anything else         a graph for what lies between two attentions, per layer and padded number of tokens; attention itself, which depends
-                          on the rows, is launched between them
+    anything else         a graph for what lies between two attentions, per layer and padded number of tokens; attention itself, which
+                          depends on the rows, is launched between them
 
 A step fills the inputs that graphs read and the backend plans its lengths; then graphs are replayed on the stream of all other work. All
 share one memory pool, largest first, since only one runs at a time; results are read before the next replay is launched behind them.

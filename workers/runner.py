@@ -110,9 +110,9 @@ class Runner:
         logits_SV, prompt_logprobs = self._forward(step)
         tokens_S, logprobs = self._sample(step, logits_SV)
         event = None
-        if tokens_S.is_cuda:
+        if self.is_asynchronous:  # also without a token: an answer means that the device is done with pages and staging memory
             tokens_S = torch.empty(tokens_S.shape, dtype=tokens_S.dtype, pin_memory=True).copy_(tokens_S, non_blocking=True)
-            event = torch.cuda.Event(blocking=False)
+            event = torch.cuda.Event()
             event.record()
         return LaunchedStep(row_ids, step.sampled_plan_rows.tolist(), tokens_S, event, logprobs, prompt_logprobs)
 

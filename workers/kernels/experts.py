@@ -149,8 +149,9 @@ def _gate_up(
             at = begin + inner
             x = tl.load(x_ptr + token[:, None].to(tl.int64) * H + at[None, :], mask=is_row[:, None] & (at < H)[None, :], other=0.0)
             is_weight = is_column[None, :] & (at < H)[:, None]
-            gate = tl.dot(x, tl.load(gate_base + at[:, None], mask=is_weight, other=0.0), gate)
-            up = tl.dot(x, tl.load(gate_base + I.to(tl.int64) * H + at[:, None], mask=is_weight, other=0.0), up)
+            gate = tl.dot(x, tl.load(gate_base + at[:, None], mask=is_weight, other=0.0), gate, input_precision="ieee")
+            up_weight = tl.load(gate_base + I.to(tl.int64) * H + at[:, None], mask=is_weight, other=0.0)
+            up = tl.dot(x, up_weight, up, input_precision="ieee")
         out = gate / (1.0 + tl.exp(-gate)) * up
         target = out_ptr + row[:, None].to(tl.int64) * I + column[None, :]
         tl.store(target, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
@@ -175,7 +176,7 @@ def _down(
             at = begin + inner
             x = tl.load(x_ptr + row[:, None].to(tl.int64) * I + at[None, :], mask=is_row[:, None] & (at < I)[None, :], other=0.0)
             weight = tl.load(base + at[:, None], mask=is_column[None, :] & (at < I)[:, None], other=0.0)
-            acc = tl.dot(x, weight, acc)
+            acc = tl.dot(x, weight, acc, input_precision="ieee")
         pair = tl.load(order_ptr + row, mask=is_row, other=0)
         acc *= tl.load(scale_ptr + pair, mask=is_row, other=0.0)[:, None]
         target = out_ptr + pair[:, None].to(tl.int64) * H + column[None, :]
@@ -234,7 +235,7 @@ def run_experts(
         places_P = torch.empty_like(order_P)
         places_P[order_P] = torch.arange(num_pairs, dtype=torch.int32, device=order_P.device)
         return _sum(pairs_PH, weights_TK, shared_TH, places_P)
-    hidden, shape = x_TH.shape[1], _tile(num_pairs / num_experts)
+    hidden, shape = x_TH.shape[1], _tile(num_pairs / num_experts, x_TH.dtype)
     inner_PI = x_TH.new_empty((num_pairs, size))
     _gate_up[(num_experts, triton.cdiv(size, shape["BLOCK_N"]))](
         x_TH, gate_up_EIH, order_P, starts, inner_PI, hidden, size, experts_TK.shape[1],
@@ -248,12 +249,12 @@ def run_experts(
     return _sum(pairs_PH, weights_TK, shared_TH, None)
 
 
-def _tile(pairs_per_expert: float) -> dict[str, int]:
+def _tile(pairs_per_expert: float, dtype: torch.dtype) -> dict[str, int]:
     """Few pairs per expert: thin tiles that stream the weights. Many: tiles that keep the tensor cores busy."""
+    if dtype is torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}
     if pairs_per_expert <= 16:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
     if pairs_per_expert <= 48:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
-    if pairs_per_expert <= 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
