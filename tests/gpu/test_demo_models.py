@@ -1,4 +1,4 @@
-"""The embedded models on the fast path (FlashInfer, captured graphs, bfloat16) against plain torch in float32, and eager against captured."""
+"""The embedded models on the fast path (FlashInfer, captured graphs, bfloat16) against plain torch in float32; eager against captured."""
 
 from pathlib import Path
 
