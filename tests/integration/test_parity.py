@@ -1,0 +1,86 @@
+"""Engine, ranks and store together against transformers: the same tokens and the same log-softmax cold, from pages and from the store."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from checkpoints import random_tokens
+
+from cache_store.process import StoreProcess
+from runtime.request import CachedTokens
+from tests.integration.replicas import GREEDY, SCORED, Answer, Replica, worker_config
+from workers.local import RankPool
+from workers.step import ALL_LOGPROBS
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+BLOCK_SIZE, VOCAB_SIZE, NUM_OUTPUTS = 16, 131, 32
+# Longer than the original context of both scaled ropes; the second is a whole number of blocks, whose last one may not be reused.
+PROMPTS = (tuple(random_tokens(91, seed=1)), tuple(random_tokens(5 * BLOCK_SIZE, seed=5)))
+# With two KV heads, llama-tied-bias lets the ranks of TP=4 share heads.
+CASES = [*((name, tp) for name in ("llama", "deepseek") for tp in (1, 2, 4)), ("llama-tied-bias", 4)]
+NOTHING = CachedTokens(0, 0, 0, 0)
+
+
+class Expected(NamedTuple):
+    token_ids: list[int]
+    scores: np.ndarray  # [prompt + outputs - 1, vocabulary]
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints: Any) -> Callable[[str, tuple[int, ...]], Expected]:
+    @functools.cache
+    def by_transformers(name: str, prompt: tuple[int, ...]) -> Expected:
+        token_ids = checkpoints.greedy(name, list(prompt), NUM_OUTPUTS, min_gap=1e-3)
+        return Expected(token_ids, checkpoints.log_softmax(name, [*prompt, *token_ids[:-1]]))
+
+    return by_transformers
+
+
+def check(answer: Answer, expected: Expected, cached: CachedTokens, *, first_position: int = 0) -> None:
+    """`first_position`: of the first scored logits."""
+    assert answer.token_ids == expected.token_ids
+    assert answer.finish_reason == "length"
+    assert answer.cached == cached
+    scores = answer.scores(VOCAB_SIZE)
+    assert len(scores) == len(expected.scores) - first_position
+    np.testing.assert_allclose(scores, expected.scores[first_position:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "tp"), CASES)
+def test_cold_from_pages_and_from_the_store(
+    checkpoints: Any,
+    expected: Callable[[str, tuple[int, ...]], Expected],
+    pool: RankPool,
+    start_store: Callable[..., StoreProcess],
+    name: str,
+    tp: int,
+) -> None:
+    store = start_store()
+    worker = worker_config(checkpoints.folder(name), tp)
+    outputs_scored = GREEDY._replace(num_logprobs=ALL_LOGPROBS)
+
+    def ask_both(replica: Replica, tier: str | None) -> None:
+        """Both prompts at once, the first time with all positions scored, later from `tier` with what is still computed."""
+        request_ids = [replica.submit(prompt, NUM_OUTPUTS, outputs_scored if tier else SCORED) for prompt in PROMPTS]
+        for request_id, prompt in zip(request_ids, PROMPTS, strict=True):
+            reused = {tier: (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE} if tier else {}
+            first_position = len(prompt) - 1 if tier else 0
+            check(replica.answer(request_id), expected(name, prompt), NOTHING._replace(**reused), first_position=first_position)
+
+    with Replica(pool, worker, store.address, max_num_batched_tokens=37) as replica:
+        ask_both(replica, None)
+        ask_both(replica, "pages")
+        replica.await_offers()
+    with Replica(pool, worker, store.address, max_num_batched_tokens=37) as replica:
+        ask_both(replica, "dram")
+        assert replica.engine.loads.num_failed == 0
+        first_scored = 3 * BLOCK_SIZE + 1  # reuse stops before the logits that score it
+        answer = replica.ask(PROMPTS[0], 1, SCORED._replace(prompt_logprobs_start=first_scored))
+        assert answer.cached == NOTHING._replace(pages=3 * BLOCK_SIZE)
+        scores = expected(name, PROMPTS[0]).scores[first_scored - 1 : len(PROMPTS[0])]
+        np.testing.assert_allclose(answer.scores(VOCAB_SIZE), scores, atol=1e-4, rtol=0)
