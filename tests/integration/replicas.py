@@ -1,7 +1,7 @@
 """Whole replicas without Ray: a real engine on its own thread, over real rank processes and a real store.
 
-    Replica.ask --submit--> Engine --plans--> RankGroup --unix sockets--> ranks of the session's RankPool
-                               \\--questions--> RemoteStore --gRPC--> StoreProcess, its arena mapped by the ranks
+Replica.ask --submit--> Engine --plans--> RankGroup --unix sockets--> ranks of the session's RankPool
+                           \\--questions--> RemoteStore --gRPC--> StoreProcess, its arena mapped by the ranks
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def worker_config(folder: Path, tp: int = 1, **settings: Any) -> WorkerConfig:
 
 
 class Replica:
-    """One group of the pool's ranks and the engine over it. Only one at a time may use a pool; `close` gives the ranks back."""
+    """One group of the pool's ranks and the engine over it. Only one at a time may use a pool; `close` gives the ranks back.
+
+    `processes` besides the ranks are registered with the store, which may kill them: never this one.
+    """
 
     def __init__(
         self,
@@ -71,6 +74,8 @@ class Replica:
         store_address: str | None = None,
         *,
         parts: RankParts = MODEL,
+        make_port: Callable[..., RemoteStore] = RemoteStore,
+        processes: tuple[tuple[int, int], ...] = (),
         sink: Callable[[dict[int, list[RequestOutput]], Load], None] | None = None,
         **engine: Any,
     ) -> None:
@@ -84,12 +89,15 @@ class Replica:
         self._news = threading.Condition()
         self._names = itertools.count()
         self.failure: GroupFailed | None = None
-        self.port = RemoteStore(store_address, SECRET, f"tp {tp}", probe_every_s=0.1) if store_address else None
+        self.port = make_port(store_address, SECRET, f"tp {tp}", probe_every_s=0.1) if store_address else None
         self.engine = Engine(
-            EngineConfig(**engine), self.group, self.port, sink or self._hear, digest=lambda: weights_digest(worker.model)
+            EngineConfig(**engine),
+            self.group,
+            self.port,
+            sink or self._hear,
+            digest=lambda: weights_digest(worker.model),
+            processes=processes,
         )
-        if self.port is not None:
-            self.port.start(self.info.layout, self.info.pids, self.group.wake)
         self._thread = threading.Thread(target=self._run, name="engine")
         self._thread.start()
         await_true(lambda: self.engine.hello().root is not None, lambda: "the weights digest is not known")
