@@ -18,6 +18,14 @@ from workers.local import RankPool
 MAX_RANKS = 4
 
 
+@pytest.fixture(scope="session", autouse=True)
+def digest_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Weights digests are remembered in a folder of the session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """Processes start when first needed, and serve one group after the other."""

@@ -122,7 +122,7 @@ def test_a_rank_stopped_in_a_load_reads_nothing_of_the_slots_next_owner(
         assert writer.ask(PROMPT, NUM_OUTPUTS).token_ids == expected
         writer.await_offers()
         layout = writer.info.layout
-    with Replica(pool, worker, store.address, parts=STOPPING, lease_ttl_s=0.6, copy_timeout_s=0.3) as reader:
+    with Replica(pool, worker, store.address, parts=STOPPING, lease_ttl_s=1.5, copy_timeout_s=0.75) as reader:
         victim = reader.info.pids[1][0]
         trigger(model, "loads", 1).touch()
         request_id = reader.submit(PROMPT, NUM_OUTPUTS)
@@ -147,7 +147,7 @@ def test_a_rank_stopped_in_a_save_is_gone_before_the_slot_has_another_owner(
     pool: RankPool, start_store: Callable[..., StoreProcess], model: Path, expected: list[int], filler_pid: int
 ) -> None:
     store = start_store(memory_bytes=1 << 18, extent_bytes=1 << 18, kill_grace_s=0.2)
-    replica = Replica(pool, worker_config(model, 2), store.address, parts=STOPPING, lease_ttl_s=1.5, copy_timeout_s=0.5)
+    replica = Replica(pool, worker_config(model, 2), store.address, parts=STOPPING, lease_ttl_s=1.5, copy_timeout_s=0.75)
     with replica:
         pids = [pid for pid, _ in replica.info.pids]
         layout = replica.info.layout

@@ -42,8 +42,9 @@ def test_both_fit_into_18_mb() -> None:
 def test_held_out_perplexity(pool: RankPool, name: str, dtype: str, tolerance: float) -> None:
     with replica_of(pool, name, dtype=dtype) as replica:
         assert replica.info.compute_dtype == dtype
-        ours = np.concatenate([replica.ask(window, 1, SCORED).prompt_nlls() for window in windows(4)])
-    theirs = np.concatenate([embedded.nlls(name, window, dtype) for window in windows(4)])
+        request_ids = [replica.submit(window, 1, SCORED) for window in windows(4)]
+        theirs = np.concatenate([embedded.nlls(name, window, dtype) for window in windows(4)])  # meanwhile
+        ours = np.concatenate([replica.answer(request_id).prompt_nlls() for request_id in request_ids])
     assert len(ours) == len(theirs) == 4 * (WINDOW - 1)
     perplexity, expected = math.exp(ours.mean()), math.exp(theirs.mean())
     print(f"{name} {dtype}: perplexity {perplexity:.4f}, transformers {expected:.4f}, {perplexity / expected - 1:+.2e}")
@@ -86,9 +87,10 @@ def test_6000_tokens_of_context_help(pool: RankPool, name: str) -> None:
     tokens = list(embedded.held_out("statistics")[: NUM_LONG + NUM_CONTINUED])
     continued = SCORED._replace(prompt_logprobs_start=NUM_LONG)
     with replica_of(pool, name) as replica:
-        long = replica.ask(tokens, 1, continued).prompt_nlls()
-        short = replica.ask(tokens[NUM_LONG - 64 :], 1, SCORED._replace(prompt_logprobs_start=64)).prompt_nlls()
-    theirs = embedded.nlls(name, tokens, last=NUM_CONTINUED)
+        long_id = replica.submit(tokens, 1, continued)
+        short_id = replica.submit(tokens[NUM_LONG - 64 :], 1, SCORED._replace(prompt_logprobs_start=64))
+        theirs = embedded.nlls(name, tokens, last=NUM_CONTINUED)  # meanwhile
+        long, short = (replica.answer(request_id).prompt_nlls() for request_id in (long_id, short_id))
     print(f"{name}: perplexity {math.exp(long.mean()):.3f} behind {NUM_LONG} tokens, {math.exp(short.mean()):.3f} behind 64")
     assert len(long) == len(short) == NUM_CONTINUED
     assert abs(math.exp(long.mean() - theirs.mean()) - 1) <= 1e-4

@@ -84,3 +84,21 @@ def test_cold_from_pages_and_from_the_store(
         assert answer.cached == NOTHING._replace(pages=3 * BLOCK_SIZE)
         scores = expected(name, PROMPTS[0]).scores[first_scored - 1 : len(PROMPTS[0])]
         np.testing.assert_allclose(answer.scores(VOCAB_SIZE), scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_the_same_chunks_give_the_same_bits_from_any_tier(
+    checkpoints: Any, pool: RankPool, start_store: Callable[..., StoreProcess], name: str
+) -> None:
+    """Computed in steps of four blocks, a prompt of five leaves the last one for a step of its own, as does one whose first four are there."""
+    store = start_store()
+    prompt = PROMPTS[1]
+    scored = GREEDY._replace(num_logprobs=ALL_LOGPROBS)
+    answers = []
+    for tiers in (("", "pages"), ("dram",)):
+        with Replica(pool, worker_config(checkpoints.folder(name), 2), store.address, max_num_batched_tokens=4 * BLOCK_SIZE) as replica:
+            for tier in tiers:
+                answers.append(replica.ask(prompt, 4, scored))
+                assert answers[-1].cached == NOTHING._replace(**({tier: 4 * BLOCK_SIZE} if tier else {}))
+            replica.await_offers()
+    assert len({b"".join(answer.logprobs) for answer in answers}) == 1
