@@ -18,9 +18,9 @@ from workers.local import RankPool
 MAX_RANKS = 4
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def digest_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Weights digests are remembered in a folder of the session's own."""
+    """Weights digests are remembered in a folder of the test's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -90,7 +90,7 @@ def test_cold_from_pages_and_from_the_store(
 def test_the_same_chunks_give_the_same_bits_from_any_tier(
     checkpoints: Any, pool: RankPool, start_store: Callable[..., StoreProcess], name: str
 ) -> None:
-    """Computed in steps of four blocks, a prompt of five leaves the last one for a step of its own, as does one whose first four are there."""
+    """In steps of four blocks, a prompt of five leaves its last one for a step of its own, as does one whose first four are there."""
     store = start_store()
     prompt = PROMPTS[1]
     scored = GREEDY._replace(num_logprobs=ALL_LOGPROBS)
