@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import safetensors
 from checkpoints import random_tokens
 
 from cache_store.process import StoreProcess
 from runtime.request import CachedTokens
 from tests.integration.replicas import GREEDY, SCORED, Answer, Replica, worker_config
 from workers.local import RankPool
+from workers.models.config import load_model_config
 from workers.step import ALL_LOGPROBS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -49,6 +51,22 @@ def check(answer: Answer, expected: Expected, cached: CachedTokens, *, first_pos
     scores = answer.scores(VOCAB_SIZE)
     assert len(scores) == len(expected.scores) - first_position
     np.testing.assert_allclose(scores, expected.scores[first_position:], atol=1e-4, rtol=0)
+
+
+def test_the_latent_checkpoint_sets_every_trap(checkpoints: Any) -> None:
+    """What would hide an error of routing or rope, were it not so."""
+    folder = checkpoints.folder("deepseek")
+    config = load_model_config(folder)
+    assert config.moe is not None
+    assert 1 < config.moe.num_groups_per_token < config.moe.num_groups
+    assert config.moe.num_experts_per_token < config.moe.num_experts
+    assert 0 < config.moe.first_moe_layer < config.num_layers
+    assert 0 < config.rope.mscale_all_dim < config.rope.mscale
+    assert config.rope.original_max_position_embeddings < min(map(len, PROMPTS))
+    with safetensors.safe_open(folder / "model.safetensors", "np") as weights:
+        biases = [weights.get_tensor(key) for key in weights.keys() if key.endswith("e_score_correction_bias")]  # noqa: SIM118
+    assert biases
+    assert all(np.count_nonzero(bias) == config.moe.num_experts for bias in biases)
 
 
 @pytest.mark.parametrize(("name", "tp"), CASES)

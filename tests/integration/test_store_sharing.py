@@ -28,7 +28,7 @@ from workers.step import ArenaSpec, BlockCopy, CopyResult, StepPlan
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 5
-PROMPT = random_tokens(NUM_BLOCKS * BLOCK_SIZE + 3, seed=3)
+PROMPT = random_tokens(NUM_BLOCKS * BLOCK_SIZE + 3, seed=6)
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, LATENT_DIM = 2, 4, 16, 32 + 8  # of the checkpoints
 BLOCK_BYTES = {
     "llama": NUM_KV_HEADS * NUM_LAYERS * 2 * BLOCK_SIZE * HEAD_DIM * 4,
