@@ -16,6 +16,7 @@ from runtime.errors import DeploymentError
 from workers.config import WorkerConfig
 
 DEFAULT_DEPLOYMENT = "mobula"
+EMBEDDED_MODELS = Path(__file__).resolve().parents[1] / "deploy" / "demo"  # folders gqa and mla
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 

@@ -136,9 +136,10 @@ class Checkpoints:
         """Greedy output by transformers; fails when the best two logits are ever closer than `min_gap`, where equality would be luck."""
         tokens = list(prompt)
         for _ in range(num_tokens):
-            best = np.sort(self.log_softmax(name, tokens)[-1])[-2:]
-            assert best[1] - best[0] > min_gap, "choose another prompt"
-            tokens.append(int(self.log_softmax(name, tokens)[-1].argmax()))
+            scores_V = self.log_softmax(name, tokens)[-1]
+            second, best = np.argsort(scores_V)[-2:]
+            assert scores_V[best] - scores_V[second] > min_gap, "choose another prompt"
+            tokens.append(int(best))
         return tokens[len(prompt) :]
 
 

@@ -21,7 +21,7 @@ from protos import inference_pb2 as pb
 from runtime.client import Completion, InferenceClient
 from runtime.commands.memory import tree_memory_bytes
 from runtime.commands.progress import LoadProgress
-from runtime.config import ServeSettings
+from runtime.config import EMBEDDED_MODELS, ServeSettings
 from runtime.controller.deployment import deployed
 from runtime.errors import MobulaError
 from workers.models.config import load_model_config
@@ -29,7 +29,6 @@ from workers.models.config import load_model_config
 READY_TIMEOUT_S = 120.0
 OFFER_TIMEOUT_S = 30.0
 REQUEST_TIMEOUT_S = 60.0
-EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "deploy" / "demo" / "mla"
 NUM_SYSTEM_TOKENS, NUM_QUESTION_TOKENS = 512, 16  # for a model without a tokenizer
 
 SYSTEM_PROMPT = " ".join(
@@ -68,7 +67,7 @@ class Answered:
 
 def demo(settings: ServeSettings, console: Console) -> None:
     began = time.monotonic()
-    settings = replace(settings, model=settings.model or str(EMBEDDED_MODEL), policy="round_robin", port=0)
+    settings = replace(settings, model=settings.model or str(EMBEDDED_MODELS / "mla"), policy="round_robin", port=0)
     if not any(Path(settings.model).glob("*.safetensors")):
         settings = replace(settings, load_format="dummy")
     with deployed(settings) as deployment:
@@ -131,9 +130,10 @@ def check_promises(answers: list[Answered]) -> None:
 
 
 def _table(answers: list[Answered]) -> Table:
+    """75 columns wide, so that nothing is cut where the output is piped."""
     table = Table(title="one system prompt, two replicas, one store")
-    for column in ("request", "replica", "prompt", "TTFT ms", "prompt tokens", "from pages", "from store", "computed"):
-        table.add_column(column, justify="left" if column == "replica" else "right")
+    for column in ("request", "replica", "prompt", "TTFT\nms", "prompt\ntokens", "from\npages", "from\nstore", "computed"):
+        table.add_column(column, justify="left" if column == "replica" else "right", no_wrap=True)
     for number, answer in enumerate(answers, 1):
         completion = answer.completion
         sources = (answer.tokens_from("pages"), answer.tokens_from("dram"), answer.tokens_from("computed"))

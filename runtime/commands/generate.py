@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.console import Console
 from protos import inference_pb2 as pb
 from runtime.client import Completion, InferenceClient, collect
 from runtime.commands.progress import LoadProgress
-from runtime.config import ServeSettings
+from runtime.config import EMBEDDED_MODELS, ServeSettings
 from runtime.controller.deployment import deployed
 from runtime.errors import BadRequest
 from runtime.frontdoor.config import FrontDoorConfig
@@ -58,7 +58,8 @@ def generate_remote(address: str, request: pb.GenerateRequest, *, as_json: bool)
 
 
 def generate_offline(settings: ServeSettings, request: pb.GenerateRequest, *, as_json: bool, console: Console) -> None:
-    """Starts a deployment without a front door, runs the request on it and removes it."""
+    """Starts a deployment without a front door, runs the request on it and removes it. No model: the embedded `gqa`."""
+    settings = replace(settings, model=settings.model or str(EMBEDDED_MODELS / "gqa"))
     load_model_config(settings.model)
     with deployed(settings, front_doors=False) as deployment:
         with LoadProgress(console) as progress:

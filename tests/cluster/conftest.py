@@ -2,6 +2,7 @@
 a test can say whether anything at all was left behind."""
 
 import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from cache_store.arena import is_served
 from protos import inference_pb2 as pb
 from runtime.client import InferenceClient
 
@@ -81,7 +83,22 @@ def marked_processes(mark: str) -> dict[int, str]:
 
 
 def shared_memory_files() -> set[str]:
-    return {entry.name for entry in Path("/dev/shm").iterdir() if entry.name.startswith("mobula")}
+    """What no live store holds: other stores may come and go on this machine."""
+    return {entry.name for entry in Path("/dev/shm").iterdir() if entry.name.startswith("mobula") and not _is_in_use(entry)}
+
+
+def _is_in_use(path: Path) -> bool:
+    """An arena is locked by its store, a socket is served by it."""
+    if path.suffix == ".sock":
+        return is_served(str(path))
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 class Served:
