@@ -42,8 +42,17 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 class Validator:
-    def __init__(self, model: ServedModel, executor: Executor, max_model_len: Callable[[], int | None] = lambda: None) -> None:
-        """`executor` tokenises long texts. `max_model_len`: what the replicas can hold, None while that is unknown."""
+    def __init__(
+        self,
+        model: ServedModel,
+        executor: Executor,
+        max_model_len: Callable[[], int | None] = lambda: None,
+        model_names: tuple[str, ...] = (),
+    ) -> None:
+        """`executor` tokenises long texts. `max_model_len`: what the replicas can hold, None while that is unknown. `model_names`: what
+        requests may call the model; none given: the card's name.
+        """
+        self.model_names = model_names or (model.card.name,)
         self._model = model
         self._executor = executor
         self._replicas_max_len = max_model_len
@@ -73,9 +82,10 @@ class Validator:
         )
 
     def check_model(self, name: str) -> None:
-        """UnknownModel unless `name` is empty or the one served."""
-        if name and name != self._model.card.name:
-            raise UnknownModel(f"model: {name!r} is not served here; {self._model.card.name!r} is")
+        """UnknownModel unless `name` is empty or one of those served."""
+        if name and name not in self.model_names:
+            served = ", ".join(map(repr, self.model_names))
+            raise UnknownModel(f"model: {name[:MAX_ID_CHARS]!r} is not served here; served: {served}")
 
     async def tokenize(self, request: pb.TokenizeRequest) -> array[int]:
         self.check_model(request.model)

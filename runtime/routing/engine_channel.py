@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 
 from runtime.engine import frames
-from runtime.engine.frames import Abort, Frame, Hello, Load, StatusQuery, StatusReply, StepFrame, Submit
+from runtime.engine.frames import Abort, EngineStats, Frame, Hello, Load, StatusQuery, StatusReply, StepFrame, Submit
 from runtime.errors import Overloaded, ReplicaLost
 from runtime.routing.output_queue import OutputQueue
 
@@ -50,6 +50,7 @@ class EngineChannel:
         self.address = address
         self.hello: Hello | None = None  # set while connected
         self.load = _IDLE
+        self.stats: EngineStats | None = None  # as of the last answer to a query; None while not connected
         self.last_answer_s = 0.0  # event loop time of the last frame
         self.step_age_s = 0.0  # of the step the ranks had not finished when the engine was last asked
         self.problem = "not connected yet"
@@ -132,6 +133,7 @@ class EngineChannel:
 
     def _disconnect(self) -> None:
         was_connected, self.hello, self.load, self.step_age_s = self.hello is not None, None, _IDLE, 0.0
+        self.stats = None
         self._unsent.clear()
         queues, self._queues = self._queues, {}
         for queue in queues.values():
@@ -182,7 +184,7 @@ class EngineChannel:
                 if isinstance(frame, StepFrame):
                     self._deliver(frame)
                 elif isinstance(frame, StatusReply):
-                    self.load, self.step_age_s = frame.load, frame.stats.step_age_s
+                    self.load, self.stats, self.step_age_s = frame.load, frame.stats, frame.stats.step_age_s
                     reply = self._queries.get(frame.query_id)
                     if reply is not None and not reply.done():
                         reply.set_result(frame)

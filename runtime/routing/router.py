@@ -17,6 +17,7 @@ from typing import NamedTuple
 from cache_store.keys import BlockKey, chain_keys, hash_fields, salted_root
 from runtime.engine.frames import Hello, RequestOutput, Submit
 from runtime.errors import BY_NAME, DeadlinePassed, NoReplica, Overloaded, ReplicaLost
+from runtime.metrics import ReplicaFigures
 from runtime.request import FinishReason, ValidRequest
 from runtime.routing.engine_channel import ChannelSettings, EngineChannel
 from runtime.routing.output_queue import OutputQueue, Turnstile
@@ -109,6 +110,11 @@ class Router:
 
     def reserved(self) -> dict[str, Reserved]:
         return {replica_id: Reserved(replica.num_requests, replica.uncached_tokens) for replica_id, replica in self._replicas.items()}
+
+    def replica_figures(self) -> list[ReplicaFigures]:
+        """What the connected replicas last said of themselves. May be called from any thread."""
+        channels = [(replica_id, replica.channel) for replica_id, replica in list(self._replicas.items())]
+        return [ReplicaFigures(replica_id, channel.load, stats) for replica_id, channel in channels if (stats := channel.stats)]
 
     def dispatch(self, request: ValidRequest) -> Dispatch:
         """The request's way through the cluster; nothing is sent before its `outputs` are read."""
