@@ -1,7 +1,7 @@
 """API keys and the tenants they stand for.
 
-The file is TOML: a line `tenant = "key"` per tenant, or `tenant = ["old key", "new key"]` while a key is being replaced. Only digests of keys
-are kept and passed around; a key itself is known to its tenant and to the file.
+The file is TOML: a line `tenant = "key"` per tenant, or `tenant = ["old key", "new key"]` while a key is being replaced. Only digests of
+keys are kept and passed around; a key itself is known to its tenant and to the file.
 """
 
 from __future__ import annotations

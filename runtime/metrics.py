@@ -44,7 +44,9 @@ class FrontDoorMetrics:
             registry=registry,
         )
         self.successes = Counter("mobula:request_success", "Requests that ran to a finish", ["finished_reason"], registry=registry)
-        self.failures = Counter("mobula:rpc_failures", "Calls of any method that ended in an error", ["method", "reason"], registry=registry)
+        self.failures = Counter(
+            "mobula:rpc_failures", "Calls of any method that ended in an error", ["method", "reason"], registry=registry
+        )
         self.live_requests = Gauge("mobula:num_requests_live", "Generate calls that have not ended", registry=registry)
         self.prompt_tokens = Counter("mobula:prompt_tokens", "Prompt tokens of admitted requests", registry=registry)
         self.generation_tokens = Counter("mobula:generation_tokens", "Output tokens sent to clients", registry=registry)

@@ -129,7 +129,7 @@ _KINDS: tuple[type[Message], ...] = (
     StepPlan, StepResult, Ack, CopiesDone, Ping, Pong, RankError, Close,
 )  # fmt: skip
 _KIND_OF = {cls: kind for kind, cls in enumerate(_KINDS)}
-# Of the messages that are not part of every step. Those have builders of their own, and a rank or engine that sends nonsense there ends its group.
+# Messages of every step have builders of their own: a rank or an engine that sends nonsense there ends its group.
 _CHECKS = {cls: compile_check(cls) for cls in _KINDS if cls not in (Loaded, StepPlan, StepResult)}
 
 
