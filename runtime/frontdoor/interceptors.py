@@ -48,7 +48,7 @@ def _refusal(code: grpc.StatusCode, details: str) -> Any:
     async def refuse(payload: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         await context.abort(code, details)
 
-    return grpc.unary_unary_rpc_method_handler(refuse)  # type: ignore[arg-type]  # any kind of call can be answered like this
+    return grpc.unary_unary_rpc_method_handler(refuse)  # any kind of call can be answered like this
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -17,9 +19,10 @@ def describe_malformed(payload: bytes, expected: type[Message]) -> str:
     return f"{field}: is not valid UTF-8" if field else f"request: is not a {expected.DESCRIPTOR.name} message"
 
 
-def _field_of_bad_text(payload: bytes, descriptor: Descriptor) -> str:
+def _field_of_bad_text(payload: bytes, descriptor: Any) -> str:
     """The path of the first one. An empty message takes every field as unknown, which leaves reading the wire to the library."""
-    for unknown in UnknownFieldSet(Empty.FromString(payload)):
+    unknown_fields: Any = UnknownFieldSet(Empty.FromString(payload))  # its type stubs lack iteration
+    for unknown in unknown_fields:
         field = descriptor.fields_by_number.get(unknown.field_number)
         if field is None or not isinstance(unknown.data, bytes):
             continue
