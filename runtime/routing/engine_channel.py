@@ -23,7 +23,7 @@ import grpc.aio
 from runtime.engine import frames
 from runtime.engine.frames import Abort, EngineStats, Frame, Hello, Load, StatusQuery, StatusReply, StepFrame, Submit
 from runtime.errors import Overloaded, ReplicaLost
-from runtime.routing.output_queue import OutputQueue
+from runtime.routing.output_queue import MAX_UNREAD, OutputQueue
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +78,13 @@ class EngineChannel:
                 await self._task
             self._task = None
 
-    def open(self, submit: Submit) -> OutputQueue:
+    def open(self, submit: Submit, max_unread: int = MAX_UNREAD) -> OutputQueue:
         """Sends a request. ReplicaLost when the engine is not connected, Overloaded when it does not read."""
         if self.hello is None:
             raise ReplicaLost(self._lost_message())
         if len(self._unsent) >= self._settings.max_unsent_frames:
             raise Overloaded(f"replica {self.replica_id} does not read its requests; try again later")
-        queue = self._queues[submit.request_id] = OutputQueue(submit.max_tokens)
+        queue = self._queues[submit.request_id] = OutputQueue(submit.max_tokens, max_unread)
         self._send(submit)
         return queue
 
@@ -200,7 +200,8 @@ class EngineChannel:
             if queue is not None:
                 if output.finish_reason is not None or output.error is not None:
                     del queues[output.request_id]
-                queue.put(output)
+                if not queue.put(output):
+                    self.abort(output.request_id, "abort")
 
     async def _write_loop(self, stream: Stream) -> None:
         clock = asyncio.get_running_loop().time
