@@ -24,6 +24,7 @@ MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-5  # below it logits would overflow, and the draw is the largest one's anyway
 ROLES = ("system", "user", "assistant", "tool")
 _INLINE_CHARS = 2048  # shorter texts are tokenised in less time than a thread takes to answer
 
@@ -131,7 +132,11 @@ class Validator:
                 raise BadRequest(f"messages[{index}].role: must be one of {', '.join(ROLES)}, not {message.role!r}")
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         tools, documents = _json_list("tools_json", chat.tools_json), _json_list("documents_json", chat.documents_json)
-        return await self._encode(template.render(messages, tools, documents), chat=True)
+        if chat.ByteSize() <= _INLINE_CHARS:
+            text = template.render(messages, tools, documents)
+        else:
+            text = await asyncio.get_running_loop().run_in_executor(self._executor, template.render, messages, tools, documents)
+        return await self._encode(text, chat=True)
 
     async def _encode(self, text: str, *, chat: bool) -> array[int]:
         tokenizer = self._tokenizer("text")
@@ -200,7 +205,7 @@ def _sampling(sampling: pb.SamplingParams, defaults: SamplingDefaults, num_promp
         repetition_penalty=chosen.repetition_penalty,
         presence_penalty=chosen.presence_penalty,
         frequency_penalty=chosen.frequency_penalty,
-        temperature=chosen.temperature,
+        temperature=0.0 if chosen.temperature < MIN_TEMPERATURE else chosen.temperature,
         min_p=chosen.min_p,
         top_k=max(0, chosen.top_k),
         top_p=chosen.top_p,
@@ -216,7 +221,7 @@ def _json_list(field: str, text: str) -> list[Any] | None:
         return None
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"{field}: is not valid JSON: {error}") from error
     if not isinstance(value, list):
         raise BadRequest(f"{field}: must be a JSON list")
