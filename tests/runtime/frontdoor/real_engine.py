@@ -55,7 +55,7 @@ class RealEngine:
         self, replica_id: str = "r0", *, step_s: float = 0.0, num_pages: int = 120, store: StorePort | None = None, **config: object
     ) -> None:
         self.group = RealtimeGroup(make_info(num_pages, max_model_len=MAX_LEN), step_s=step_s)
-        self._config = {"replica_id": replica_id, "max_num_seqs": 8, "max_num_batched_tokens": 32, **config}
+        self._config = {"replica_id": replica_id, "max_num_seqs": 8, "max_num_batched_tokens": 32, "idle_poll_s": 0.05, **config}
         self._store = store
         self._server: EngineServer | None = None
         self._running: Running | None = None
