@@ -88,7 +88,9 @@ class OutputQueue:
         if self._num_tokens > self._max_tokens:
             self.fail(MobulaError(f"the engine sent {self._num_tokens} tokens for a request of at most {self._max_tokens}"))
         elif self._num_unread > self._max_unread:
-            self.fail(Overloaded(f"the client reads too slowly: {self._num_unread} tokens and logprobs wait for it; read faster or ask for less"))
+            self.fail(
+                Overloaded(f"the client reads too slowly: {self._num_unread} tokens and logprobs wait for it; read faster or ask for less")
+            )
             self._outputs.clear()
             self._num_unread = 0
         else:

@@ -114,6 +114,8 @@ async def test_nothing_is_held_after_an_early_end(run_engines: Callable[..., Any
         if phase != "waiting for the store":
             events = await setup.generate(ids_request(WITNESS, max_tokens=4, ignore_eos=True))
             assert tokens_of(events) == expected(WITNESS, 4)
-        status = {"cancel": "cancelled", "drop": "cancelled", "deadline": "deadline", "abort": "abort"}[way] if phase != "finished" else "length"
+        status = (
+            {"cancel": "cancelled", "drop": "cancelled", "deadline": "deadline", "abort": "abort"}[way] if phase != "finished" else "length"
+        )
         sample = setup.door.metrics.registry.get_sample_value
         assert sample("mobula:requests_total", {"status": status})

@@ -45,7 +45,12 @@ OWN_STATUSES = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED
 NAMES_A_FIELD = re.compile(r"[a-z_]+(\[\d+\])?(\.[a-z_]+)*: ")
 NUM_EXAMPLES = int(os.environ.get("MOBULA_FUZZ_EXAMPLES", "120"))
 FUZZ = settings(
-    max_examples=NUM_EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+    max_examples=NUM_EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
 )
 
 TEXTS = st.one_of(st.text(max_size=40), st.sampled_from(["", "x" * 5000, "<s>", "\0", "\ud7ff\ue000", "user", "😀" * 300]))
@@ -66,10 +71,7 @@ def messages(draw: st.DrawFn, cls: Any) -> Any:
     for field in cls.DESCRIPTOR.fields:
         if not draw(st.booleans()):
             continue
-        if field.message_type is not None:
-            element = messages(getattr(pb, field.message_type.name))
-        else:
-            element = NUMBERS[field.type]
+        element = NUMBERS[field.type] if field.message_type is None else messages(getattr(pb, field.message_type.name))
         target = getattr(message, field.name)
         if hasattr(target, "extend"):
             target.extend(draw(st.lists(element, max_size=6)))
@@ -160,20 +162,17 @@ def test_any_call_is_answered(stage: Stage) -> None:
     async def call(method: str, payload: bytes) -> None:
         channel = stage.setup.channel
         make = channel.unary_stream if method == "Generate" else channel.unary_unary
-        running_call: Any = make(f"/{SERVICE}/{method}")(payload, timeout=5)
-        last = b""
-        try:
+        sent: Any = make(f"/{SERVICE}/{method}")(payload, timeout=5)
+        with contextlib.suppress(grpc.aio.AioRpcError):
             if method == "Generate":
-                async for last in running_call:
-                    pass
-                assert pb.GenerateEvent.FromString(last).HasField("finished")
+                events = [event async for event in sent]
+                assert pb.GenerateEvent.FromString(events[-1]).HasField("finished")
             else:
-                await running_call
-        except grpc.aio.AioRpcError as error:
-            assert error.code().name in OWN_STATUSES, error
-            if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-                assert NAMES_A_FIELD.match(error.details() or ""), error.details()
-        counts[f"{method} {(await running_call.code()).name}"] += 1
+                await sent
+        code, details = await sent.code(), await sent.details()
+        assert code.name in OWN_STATUSES, details
+        assert code is not grpc.StatusCode.INVALID_ARGUMENT or NAMES_A_FIELD.match(details), details
+        counts[f"{method} {code.name}"] += 1
 
     async def together(batch: list[tuple[str, bytes]]) -> None:
         await asyncio.gather(stage.witness(), *(call(method, payload) for method, payload in batch))
@@ -197,7 +196,9 @@ VALUES = st.recursive(
 SUBMIT = Submit("r", b"\5\0\0\0\6\0\0\0", b"", list(SamplingSettings()), 3, [7], "", "", None)
 DOOR_FRAMES = [SUBMIT, frames.Abort("r", "abort", 0), frames.StatusQuery(3)]
 ENGINE_FRAMES = [
-    StepFrame([RequestOutput("r", [1, 2]), RequestOutput("s", [3], [[(3, -1.0)]], None, [0, 0, 0, 0], "stop", None, [0.0, 0.0])], Load(1, 2, 3)),
+    StepFrame(
+        [RequestOutput("r", [1, 2]), RequestOutput("s", [3], [[(3, -1.0)]], None, [0, 0, 0, 0], "stop", None, [0.0, 0.0])], Load(1, 2, 3)
+    ),
     StatusReply(1, EngineStats(1, 2, 3, 4, 5, 6, 7, 8, 9, 0.5, "ready"), Load(1, 2, 3)),
     Hello("r0", "again", None, None, 4, 200, 1000),
 ]
@@ -212,7 +213,9 @@ def odd_submits(draw: st.DrawFn) -> bytes:
             draw(st.text(max_size=3)),
             draw(st.binary(max_size=40)) * draw(st.sampled_from([1, 4])),
             draw(st.binary(max_size=4)) * draw(st.sampled_from([0, 4])),
-            list(SamplingSettings(num_logprobs=draw(st.none() | st.integers(0, 3)), num_prompt_logprobs=draw(st.none() | st.integers(0, 3)))),
+            list(
+                SamplingSettings(num_logprobs=draw(st.none() | st.integers(0, 3)), num_prompt_logprobs=draw(st.none() | st.integers(0, 3)))
+            ),
             draw(count),
             draw(st.lists(count, max_size=3)),
             draw(st.text(max_size=2)),
