@@ -106,10 +106,12 @@ class InferenceService(rpc.InferenceServicer):
         return pb.ListModelsResponse(models=cards)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
-        return pb.TokenizeResponse(token_ids=await self._validator.tokenize(request))
+        with self._live.visit():
+            return pb.TokenizeResponse(token_ids=await self._validator.tokenize(request))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
-        return pb.DetokenizeResponse(text=self._validator.detokenize(request))
+        with self._live.visit():
+            return pb.DetokenizeResponse(text=await self._validator.detokenize(request))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
         return await self._status.report(len(self._live))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
+import subprocess
+import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
@@ -125,6 +129,7 @@ def test_two_hundred_requests_and_two_tenants(serve: Callable[..., Served], key_
         assert [card.name for card in blue.models().models] == ["tiny", "tiny-latest"]
         check_busy_run(served.endpoint, blue)
         check_tenants(blue, green)
+        check_command_line(served.endpoint)
         metrics = blue.status().front_door.metrics_address
     text = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10).read().decode()
     assert "mobula:num_requests_running{" in text
@@ -168,3 +173,29 @@ def check_tenants(blue: InferenceClient, green: InferenceClient) -> None:
     assert first.token_ids == others.token_ids == again.token_ids
     wait_for_offers(green)
     assert green.status().stores[0].blocks >= stored + 16  # blocks of its own, of the same tokens
+
+
+def check_command_line(endpoint: str) -> None:
+    """The key as an option and from the environment, and what is said without one."""
+    command = [sys.executable, "-m", "runtime.cli"]
+    generate = [
+        *command,
+        "generate",
+        "--address",
+        endpoint,
+        "--token-ids",
+        "5,6,7",
+        "--max-tokens",
+        "2",
+        "--json",
+        "--api-key",
+        KEYS["green"],
+    ]
+    done = subprocess.run(generate, capture_output=True, text=True, timeout=30, check=True)
+    assert json.loads(done.stdout)["usage"]["completion_tokens"] in (1, 2)
+    environment = {**os.environ, "MOBULA_API_KEY": KEYS["green"]}
+    status = [*command, "status", "--address", endpoint, "--json"]
+    done = subprocess.run(status, capture_output=True, text=True, timeout=30, check=True, env=environment)
+    assert [row["state"] for row in json.loads(done.stdout)["replicas"]] == ["ready", "ready"]
+    done = subprocess.run(status, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr[:24]) == (1, "mobula: UNAUTHENTICATED:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from google.protobuf.message import Message
 from protos import inference_pb2 as pb
 from runtime.frontdoor.malformed import describe_malformed
 from runtime.frontdoor.service import SERVICE
+from runtime.text.tokenizer import Tokenizer
 from tests.runtime.frontdoor.conftest import Setup, ids_request, status_of, tokens_of
 from tests.runtime.frontdoor.fake_engine import FakeEngine, eventually
 
@@ -89,6 +91,28 @@ async def test_an_oversized_message_disturbs_nobody(run_engines: Callable[..., A
             assert (await status_of(setup.stub.Generate(request, timeout=5))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert len(tokens_of([event async for event in running])) == 200
         setup.check_idle()
+
+
+async def test_calls_that_wait_for_the_tokenizer_are_bounded(run_engines: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tokenizer held, one call more than may wait is refused; those that wait are answered afterwards."""
+    async with run_engines(FakeEngine(), max_live_requests=3) as setup:
+        released, encode = threading.Event(), Tokenizer.encode
+
+        def slow(self: Tokenizer, text: str, *, add_special_tokens: bool) -> Any:
+            assert released.wait(10)
+            return encode(self, text, add_special_tokens=add_special_tokens)
+
+        monkeypatch.setattr(Tokenizer, "encode", slow)
+        calls = [setup.stub.Tokenize(pb.TokenizeRequest(text="fox " * 1000), timeout=10) for _ in range(3)]
+        await eventually(lambda: setup.door._live._num_visits == 3)
+        error = await status_of(setup.stub.Tokenize(pb.TokenizeRequest(text="fox " * 1000), timeout=5))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "grpc-retry-pushback-ms" in dict(error.trailing_metadata())
+        released.set()
+        answers = [await call for call in calls]
+        assert {len(answer.token_ids) for answer in answers} == {len(answers[0].token_ids)}
+        text = await setup.stub.Detokenize(pb.DetokenizeRequest(token_ids=list(answers[0].token_ids) * 2), timeout=5)
+        assert text.text == "fox " * 2000
 
 
 async def test_several_names_are_listed_and_served(run_engines: Callable[..., Any]) -> None:
