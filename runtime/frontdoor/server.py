@@ -61,14 +61,8 @@ class FrontDoor:
 
     async def start(self) -> str:
         """Listens, and returns "host:port". DeploymentError when the address is taken."""
-        limits = self._config.max_message_bytes
-        options: list[tuple[str, Any]] = [
-            ("grpc.max_receive_message_length", limits),
-            ("grpc.max_send_message_length", limits),
-            ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
-        ]
         interceptors = [AuthInterceptor(self._tenants, self.metrics.count_failure), ErrorInterceptor(SERVICE, self.metrics.count_failure)]
-        server = grpc.aio.server(interceptors=interceptors, options=options)
+        server = grpc.aio.server(interceptors=interceptors, options=_server_options(self._config))
         rpc.add_InferenceServicer_to_server(self._service, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
@@ -129,3 +123,18 @@ class FrontDoor:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_HEALTH_PERIOD_S):
                     await self._changed.wait()
+
+
+def _server_options(config: FrontDoorConfig) -> list[tuple[str, Any]]:
+    """A client whose machine vanished sends no end of stream: only a probe that it does not answer shows that nobody reads any more."""
+    keepalive_ms = int(config.keepalive_s * 1000)
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", keepalive_ms),
+        ("grpc.http2.ping_timeout_ms", keepalive_ms),  # 60 s unless set, whatever the line before says
+        ("grpc.http2.max_pings_without_data", 0),  # no bound: a request that waits sends nothing
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # clients may probe us as well
+    ]

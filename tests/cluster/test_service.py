@@ -130,6 +130,7 @@ def test_two_hundred_requests_and_two_tenants(serve: Callable[..., Served], key_
         check_busy_run(served.endpoint, blue)
         check_tenants(blue, green)
         check_command_line(served.endpoint)
+        check_killed_client(served.endpoint, blue)
         metrics = blue.status().front_door.metrics_address
     text = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10).read().decode()
     assert "mobula:num_requests_running{" in text
@@ -199,3 +200,14 @@ def check_command_line(endpoint: str) -> None:
     assert [row["state"] for row in json.loads(done.stdout)["replicas"]] == ["ready", "ready"]
     done = subprocess.run(status, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr[:24]) == (1, "mobula: UNAUTHENTICATED:")
+
+
+def check_killed_client(endpoint: str, client: InferenceClient) -> None:
+    """A client process that is killed in the middle of its stream leaves nothing running."""
+    command = [sys.executable, "-m", "runtime.cli", "generate", "--address", endpoint, "--token-ids", "5,6,7", "--ignore-eos"]
+    with subprocess.Popen([*command, "--api-key", KEYS["green"]], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(8), "tokens come"
+        assert client.status().front_door.live_requests == 1
+        process.kill()
+    eventually(lambda: is_all_zero(client.status()), 20.0, "the end of a request whose client was killed")

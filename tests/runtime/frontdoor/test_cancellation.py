@@ -119,3 +119,55 @@ async def test_nothing_is_held_after_an_early_end(run_engines: Callable[..., Any
         )
         sample = setup.door.metrics.registry.get_sample_value
         assert sample("mobula:requests_total", {"status": status})
+
+
+class Wire:
+    """A TCP connection to the front door that can be cut without a word, as by a machine that loses its power."""
+
+    def __init__(self, address: str) -> None:
+        self._host, _, port = address.rpartition(":")
+        self._port = int(port)
+        self._is_cut = asyncio.Event()
+
+    async def start(self) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def cut(self) -> None:
+        self._is_cut.set()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
+        copies = [asyncio.create_task(self._copy(*pair)) for pair in ((reader, far_writer), (far_reader, writer))]
+        await asyncio.wait(copies)
+        for end in (writer, far_writer):
+            end.close()
+
+    async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(1 << 16):
+            if not self._is_cut.is_set():
+                target.write(data)
+
+    async def stop(self) -> None:
+        self._server.close()
+
+
+async def test_a_client_that_vanishes_without_a_word_is_noticed(run_engines: Callable[..., Any]) -> None:
+    """No deadline, no end of stream: the front door's probe goes unanswered."""
+    engine = RealEngine()
+    async with run_engines(engine, keepalive_s=0.5) as setup:
+        engine.group.gate.clear()
+        wire = Wire(setup.address)
+        async with grpc.aio.insecure_channel(await wire.start(), options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            call = rpc.InferenceStub(channel).Generate(ids_request(WITNESS, max_tokens=100, ignore_eos=True))
+            reading = asyncio.ensure_future(call.read())
+            await eventually(lambda: engine.engine.stats().num_running == 1)
+            wire.cut()
+            await eventually(lambda: len(setup.door._live) == 0, 10)
+            engine.group.gate.set()
+            await eventually(engine.is_idle)
+            call.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        await wire.stop()
+        sample = setup.door.metrics.registry.get_sample_value
+        assert sample("mobula:requests_total", {"status": "cancelled"}) == 1
