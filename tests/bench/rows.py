@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 RECORD = Path(__file__).parent / "recorded.json"
 TOLERANCE = 0.2  # a ratio that is worse by more than this has regressed
 PYTHON_LOOP = "a Python loop"
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _RATIO_UNITS = ("x ", "% of ")  # the value is a ratio already
 
 
@@ -81,7 +82,8 @@ def measured(rows: Sequence[Row | tuple[Any, ...]], loop_s: float) -> list[Measu
         elif row.reference is not None:
             found.append(Measured(row, row.value / row.reference, row.reference_name))
         else:
-            found.append(Measured(row, row.value * loop_s if row.unit.endswith("/s") else row.value / loop_s, PYTHON_LOOP))
+            ratio = row.value * loop_s if row.unit.endswith("/s") else row.value * _SECONDS.get(row.unit, 1.0) / loop_s
+            found.append(Measured(row, ratio, PYTHON_LOOP))
     return found
 
 
