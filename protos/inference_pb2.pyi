@@ -320,10 +320,24 @@ class StoreStatus(_message.Message):
     evictions: int
     def __init__(self, node_id: _Optional[str] = ..., state: _Optional[str] = ..., blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., leased_slots: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ...) -> None: ...
 
+class FrontDoorStatus(_message.Message):
+    __slots__ = ("live_requests", "reserved_requests", "reserved_tokens", "metrics_address")
+    LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    live_requests: int
+    reserved_requests: int
+    reserved_tokens: int
+    metrics_address: str
+    def __init__(self, live_requests: _Optional[int] = ..., reserved_requests: _Optional[int] = ..., reserved_tokens: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+
 class GetStatusResponse(_message.Message):
-    __slots__ = ("replicas", "stores")
+    __slots__ = ("replicas", "stores", "front_door")
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     STORES_FIELD_NUMBER: _ClassVar[int]
+    FRONT_DOOR_FIELD_NUMBER: _ClassVar[int]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     stores: _containers.RepeatedCompositeFieldContainer[StoreStatus]
-    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ...) -> None: ...
+    front_door: FrontDoorStatus
+    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ..., front_door: _Optional[_Union[FrontDoorStatus, _Mapping]] = ...) -> None: ...

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class InferenceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Where keys are asked for (mobula serve --api-keys), every method takes metadata "authorization: Bearer KEY"; the key says whose request it is.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -67,7 +68,8 @@ class InferenceStub(object):
 
 
 class InferenceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Where keys are asked for (mobula serve --api-keys), every method takes metadata "authorization: Bearer KEY"; the key says whose request it is.
+    """
 
     def Generate(self, request, context):
         """Runs one request. Events arrive in the order Started, Tokens..., Finished; a failed request ends with a status instead of Finished.
@@ -84,7 +86,7 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models that this address serves.
+        """Lists the names that requests may use at this address. Several names may mean the same model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,7 +155,8 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference(object):
-    """Missing associated documentation comment in .proto file."""
+    """Where keys are asked for (mobula serve --api-keys), every method takes metadata "authorization: Bearer KEY"; the key says whose request it is.
+    """
 
     @staticmethod
     def Generate(request,

@@ -26,6 +26,7 @@ app = typer.Typer(
 Config = Annotated[Optional[Path], typer.Option("--config", help="TOML file with settings named as the flags.")]  # noqa: UP045 - typer reads it
 Deployment = Annotated[Optional[str], typer.Option("--deployment", help="Name of the deployment, where several run.")]  # noqa: UP045
 Address = Annotated[Optional[str], typer.Option("--address", help="HOST:PORT of a running front door.")]  # noqa: UP045
+ApiKey = Annotated[str, typer.Option("--api-key", envvar="MOBULA_API_KEY", help="Key of --address, where it asks for one.")]
 MaybeStr = Optional[str]  # noqa: UP045
 MaybeInt = Optional[int]  # noqa: UP045
 MaybeFloat = Optional[float]  # noqa: UP045
@@ -60,7 +61,12 @@ def serve(
     policy: Policy = None,
     host: Annotated[MaybeStr, typer.Option("--host", help="Address to listen on.")] = None,
     port: Annotated[MaybeInt, typer.Option("--port", help="Port to listen on; 0 picks one.")] = None,
-    served_model_name: Annotated[MaybeStr, typer.Option("--served-model-name", help="Name that requests use.")] = None,
+    served_model_name: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--served-model-name", help="Name that requests use; several with commas or by repeating it."),
+    ] = None,
+    metrics_port: Annotated[MaybeInt, typer.Option("--metrics-port", help="Prometheus endpoint on --host; 0 picks a port.")] = None,
+    api_keys: Annotated[MaybeStr, typer.Option("--api-keys", help='TOML file with a line tenant = "key" for each tenant.')] = None,
     kv_memory: KvMemory = None,
     store_memory: StoreMemory = None,
     dtype: Dtype = None,
@@ -71,6 +77,8 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
+    max_queued_requests: Annotated[MaybeInt, typer.Option("--max-queued-requests", help="Most requests that wait for a replica.")] = None,
+    max_queued_tokens: Annotated[MaybeInt, typer.Option("--max-queued-tokens", help="Most prompt tokens that wait for a replica.")] = None,
     max_message_size: Annotated[MaybeStr, typer.Option("--max-message-size", help="Largest gRPC message, e.g. 16MiB.")] = None,
     seed: Seed = None,
     config: Config = None,
@@ -93,6 +101,7 @@ def generate(
     context: typer.Context,
     model: Annotated[MaybeStr, typer.Option("--model", help="Folder of a model to run offline; the embedded one unless given.")] = None,
     address: Address = None,
+    api_key: ApiKey = "",
     prompt: Annotated[MaybeStr, typer.Option("--prompt", help="Prompt text.")] = None,
     token_ids: Annotated[MaybeStr, typer.Option("--token-ids", help="Prompt as token ids: 1,2,3.")] = None,
     messages: Annotated[Optional[Path], typer.Option("--messages", help="JSON file with a list of role and content.")] = None,  # noqa: UP045
@@ -150,18 +159,32 @@ def generate(
     if address is not None:
         if model is not None:
             raise typer.BadParameter("--model and --address exclude each other")
-        generate_remote(address, request, as_json=as_json)
+        generate_remote(address, request, as_json=as_json, api_key=api_key)
     else:
         generate_offline(_settings(context, config, deployment_suffix=f"-{os.getpid()}"), request, as_json=as_json, console=_console())
 
 
 @app.command()
-def status(address: Address = None, deployment: Deployment = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def status(
+    address: Address = None,
+    api_key: ApiKey = "",
+    deployment: Deployment = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    watch_s: Annotated[MaybeFloat, typer.Option("--watch", min=0.1, help="Show it again every so many seconds, until Ctrl-C.")] = None,
+) -> None:
     """Shows every replica and store."""
     from runtime.commands.state_file import require_state
-    from runtime.commands.status import status as run
+    from runtime.commands.status import print_json, show, watch
 
-    run(address or require_state(deployment or DEFAULT_DEPLOYMENT).endpoint, as_json=as_json, console=Console())
+    if as_json and watch_s is not None:
+        raise typer.BadParameter("--json and --watch exclude each other")
+    endpoint = address or require_state(deployment or DEFAULT_DEPLOYMENT).endpoint
+    if as_json:
+        print_json(endpoint, api_key)
+    elif watch_s is not None:
+        watch(endpoint, api_key, Console(), every_s=watch_s)
+    else:
+        show(endpoint, api_key, Console())
 
 
 @app.command()

@@ -11,6 +11,7 @@ import grpc
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
+from runtime.api_keys import bearer
 from runtime.errors import MobulaError
 from runtime.request import TIERS
 
@@ -53,9 +54,10 @@ def describe_usage(prompt_tokens: int, completion_tokens: int, cached_by_tier: d
 class InferenceClient:
     """with-able; one channel."""
 
-    def __init__(self, address: str, *, max_message_bytes: int = 16 << 20) -> None:
+    def __init__(self, address: str, *, api_key: str = "", max_message_bytes: int = 16 << 20) -> None:
         limits = [("grpc.max_receive_message_length", max_message_bytes), ("grpc.max_send_message_length", max_message_bytes)]
         self._channel = grpc.insecure_channel(address, options=limits)
+        self._metadata = bearer(api_key)
         self._stub: Any = rpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> InferenceClient:
@@ -69,7 +71,7 @@ class InferenceClient:
 
     def stream(self, request: pb.GenerateRequest, timeout_s: float | None = None) -> Iterator[pb.GenerateEvent]:
         """Events as they come. RemoteError when the request fails; leaving the iterator early cancels it."""
-        call = self._stub.Generate(request, timeout=timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
         try:
             yield from call
         except grpc.RpcError as error:
@@ -95,7 +97,7 @@ class InferenceClient:
 
     def _unary(self, method: str, request: Any, timeout_s: float) -> Any:
         try:
-            return getattr(self._stub, method)(request, timeout=timeout_s)
+            return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _remote_error(error) from error
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from runtime.api_keys import ApiKeys, read_api_keys
 from runtime.errors import DeploymentError
 from workers.config import WorkerConfig
 
@@ -33,7 +34,7 @@ class ServeSettings:
     """Everything `mobula serve` can be told. A size is in bytes."""
 
     model: str = ""
-    served_model_name: str = ""  # empty: the folder's name
+    served_model_name: tuple[str, ...] = ()  # requests may use any of them; none: the folder's name
     replicas: int = 1
     tensor_parallel_size: int = 1
     policy: str = "prefix_affinity"
@@ -41,6 +42,8 @@ class ServeSettings:
     store_memory: int = 1 << 30  # per node; 0: no store
     host: str = "127.0.0.1"
     port: int = 50051  # 0 picks one
+    metrics_port: int | None = None  # of the Prometheus endpoint; None: none, 0 picks one
+    api_keys: ApiKeys = ()  # written as the name of a file; none: callers are not told apart
     dtype: str = "auto"
     load_format: str = "auto"  # "auto" and "safetensors" read the checkpoint; "dummy" makes weights up
     seed: int = 0  # of dummy weights
@@ -59,14 +62,16 @@ class ServeSettings:
         for name, low in (("replicas", 1), ("tensor_parallel_size", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("port", 0)):
             if getattr(self, name) < low:
                 raise DeploymentError(f"{flag_of(name)} must be at least {low}, not {getattr(self, name)}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
+            raise DeploymentError(f"--metrics-port must be a port or 0, not {self.metrics_port}")
         if self.load_format not in ("auto", "safetensors", "dummy"):
             raise DeploymentError(f"--load-format must be auto, safetensors or dummy, not {self.load_format!r}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", self.deployment):
             raise DeploymentError(f"--deployment must be lower-case letters, digits and dashes, not {self.deployment!r}")
 
     @property
-    def model_name(self) -> str:
-        return self.served_model_name or Path(self.model).resolve().name
+    def model_names(self) -> tuple[str, ...]:
+        return self.served_model_name or (Path(self.model).resolve().name,)
 
     def worker_config(self) -> WorkerConfig:
         return WorkerConfig(
@@ -92,7 +97,20 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _parse_names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """From 'a,b' or a list. ValueError for an empty or doubled name."""
+    names = tuple(name.strip() for part in ([value] if isinstance(value, str) else value) for name in str(part).split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"{value!r} must be one or several different names, separated by commas")
+    return names
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {"served_model_name": _parse_names, "api_keys": read_api_keys}
+
+
 def _parser(name: str, hint: Any) -> Callable[[Any], Any]:
+    if name in _PARSERS:
+        return _PARSERS[name]
     if name in _SIZES:
         return parse_size
     if hint is int or hint == (int | None):
@@ -126,6 +144,6 @@ def resolve_settings(flags: Mapping[str, object], config_file: Path | None, envi
         if variable in environment:
             take(name, environment[variable], variable)
     for name, value in flags.items():
-        if value is not None:
+        if value is not None and value != []:  # an option that may be repeated and was not given
             take(name, value, flag_of(name))
     return ServeSettings(**values)

@@ -51,7 +51,7 @@ class ReplicaLost(MobulaError):
 
 
 class Unauthenticated(MobulaError):
-    """An internal channel was opened without the cluster's secret."""
+    """A call without an API key that is known, or an internal channel without the cluster's secret."""
 
 
 class DeploymentError(MobulaError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Self, TypeVar, cast
@@ -62,7 +63,7 @@ class GroupLimits:
     probe_every_s: float = 5.0
     probe_s: float = 30.0
     send_s: float = 10.0  # for a rank to read something when it is MAX_UNSENT_FRAMES behind
-    spin_s: float = 50e-6  # of asking again and again before `poll` sleeps, while a step is in flight
+    spin_s: float = 50e-6  # of asking again and again before `poll` sleeps, while a step is in flight and cores are to spare
 
 
 class GroupListener:
@@ -111,6 +112,8 @@ class RankGroup:
         self._ranks = range(len(members))
         self._limits = limits
         self._channels = RankChannels(members)
+        # On a core that a rank of this machine waits for, spinning delays what it spins for: 190 us a step instead of 140 (tp 2, 2 cores).
+        self._spin_s = limits.spin_s if len(os.sched_getaffinity(0)) > len(members) + 1 else 0.0
         self._end: GroupFailed | None = None
         self._info: GroupInfo | None = None
         self._forget_work(self._ranks)
@@ -148,7 +151,7 @@ class RankGroup:
         self._require()
         now_s = time.monotonic()
         end_s = now_s + timeout_s
-        spin_until_s = now_s + self._limits.spin_s if self._steps else now_s
+        spin_until_s = now_s + self._spin_s if self._steps else now_s
         while True:
             wait_s = 0.0
             if now_s >= spin_until_s and not self._finished:

@@ -64,8 +64,17 @@ def draw(logits_SV: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def _draw_piece(logits_SV: torch.Tensor, draws: Draws) -> torch.Tensor:
-    is_greedy_S = draws.temperature == 0
-    scaled_SV = logits_SV / torch.where(is_greedy_S, 1.0, draws.temperature)[:, None]
+    kept_SV = keep(logits_SV, draws)
+    noise_SV = gumbel(_bits(draws.seeds, draws.positions, kept_SV.shape[1]))
+    return torch.where((draws.temperature == 0)[:, None], kept_SV, noise_SV.add_(kept_SV)).argmax(-1)
+
+
+def keep(logits_SV: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Logits after temperature, with -inf for the tokens that are not drawn from; [S, V]. Greedy rows keep a temperature of 1.
+
+    In vLLM's order: min-p, top-k, top-p. Where min-p and top-p are both set, transformers takes top-p first, which can keep more.
+    """
+    scaled_SV = logits_SV / torch.where(draws.temperature == 0, 1.0, draws.temperature)[:, None]
     if draws.any_min_p:
         floor_S1 = scaled_SV.amax(-1, keepdim=True) + draws.min_p.log()[:, None]
         scaled_SV = scaled_SV.masked_fill(scaled_SV < floor_S1, float("-inf"))
@@ -73,8 +82,7 @@ def _draw_piece(logits_SV: torch.Tensor, draws: Draws) -> torch.Tensor:
         scaled_SV = _keep_top_k(scaled_SV, draws)
     if draws.any_top_p:
         scaled_SV = _keep_top_p(scaled_SV, draws.top_p)
-    noise_SV = gumbel(_bits(draws.seeds, draws.positions, scaled_SV.shape[1]))
-    return torch.where(is_greedy_S[:, None], scaled_SV, noise_SV.add_(scaled_SV)).argmax(-1)
+    return scaled_SV
 
 
 def _keep_top_k(scaled_SV: torch.Tensor, draws: Draws) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgpack
 
 from cache_store.keys import Layout
+from workers.plain import compile_check
 from workers.step import ArenaSpec, BlockCopy, CopyResult, NewRow, RowResult, SamplingSettings, StepPlan, StepResult, StepRow
 
 MAX_FRAME_BYTES = 1 << 30  # a step's full-vocabulary logprobs are the largest thing that travels
@@ -128,6 +129,8 @@ _KINDS: tuple[type[Message], ...] = (
     StepPlan, StepResult, Ack, CopiesDone, Ping, Pong, RankError, Close,
 )  # fmt: skip
 _KIND_OF = {cls: kind for kind, cls in enumerate(_KINDS)}
+# Messages of every step have builders of their own: a rank or an engine that sends nonsense there ends its group.
+_CHECKS = {cls: compile_check(cls) for cls in _KINDS if cls not in (Loaded, StepPlan, StepResult)}
 
 
 def encode(message: Message) -> bytes:
@@ -150,10 +153,14 @@ def decode(payload: bytes | memoryview) -> Message:
     """The inverse of `encode`, without the length. ValueError for anything that is not a frame."""
     try:
         kind, *fields = msgpack.unpackb(payload, strict_map_key=True)
+        if type(kind) is not int or not 0 <= kind < len(_KINDS):
+            raise ValueError(f"there is no kind {kind!r:.40}")
         cls = _KINDS[kind]
+        if cls in _CHECKS and not _CHECKS[cls](fields):
+            raise ValueError(f"a {cls.__name__} whose fields are not of their types")
         message: Message = _BUILD.get(cls, cls)(*fields)
         return message
-    except (TypeError, IndexError, ValueError, msgpack.UnpackException) as error:
+    except (TypeError, IndexError, ValueError, OverflowError, msgpack.UnpackException) as error:
         raise ValueError(f"not a frame between an engine and its ranks: {error}") from error
 
 

@@ -52,8 +52,8 @@ class Prompt:
                 raise BadRequest(f"--messages {self.messages}: {type(error).__name__}: {error}") from error
 
 
-def generate_remote(address: str, request: pb.GenerateRequest, *, as_json: bool) -> None:
-    with InferenceClient(address) as client:
+def generate_remote(address: str, request: pb.GenerateRequest, *, as_json: bool, api_key: str = "") -> None:
+    with InferenceClient(address, api_key=api_key) as client:
         _print(client.stream(request), as_json=as_json)
 
 
@@ -65,7 +65,7 @@ def generate_offline(settings: ServeSettings, request: pb.GenerateRequest, *, as
         with LoadProgress(console) as progress:
             deployment.wait_ready(READY_TIMEOUT_S, progress.show)
         config = FrontDoorConfig(
-            model=settings.model, model_name=settings.model_name, policy=settings.policy, secret=deployment.spec.secret
+            model=settings.model, model_names=settings.model_names, policy=settings.policy, secret=deployment.spec.secret
         )
         with _offline_events(OfflineDoor(config, deployment.membership()), request) as events:
             _print(events, as_json=as_json)

@@ -16,7 +16,7 @@ from rich.console import Console
 from runtime.commands.progress import LoadProgress
 from runtime.commands.state_file import RunningDeployment, announced, find_state, remove_state, require_state, write_state
 from runtime.config import ServeSettings
-from runtime.controller.deployment import attach, deployed, launch
+from runtime.controller.deployment import Deployment, attach, deployed, launch
 from runtime.controller.ray_cluster import ray_session
 from runtime.controller.spec import namespace_of
 from runtime.errors import DeploymentError
@@ -34,11 +34,17 @@ def serve(settings: ServeSettings, console: Console) -> None:
     with deployed(settings) as deployment:
         with LoadProgress(console) as progress:
             report = deployment.wait_ready(READY_TIMEOUT_S, progress.show)
+        _tell_metrics(deployment, report.endpoint, console)
         running = RunningDeployment(report.endpoint, deployment.session.address, os.getpid())
         with announced(settings.deployment, running):
             print(f"ready {report.endpoint}", flush=True)
             _wait_for_interrupt()
         console.print("draining", highlight=False)
+
+
+def _tell_metrics(deployment: Deployment, endpoint: str, console: Console) -> None:
+    if deployment.spec.settings.metrics_port is not None:
+        console.print(f"metrics http://{deployment.metrics_address(endpoint)}/metrics", highlight=False, soft_wrap=True)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -67,6 +73,7 @@ def serve_detached(settings: ServeSettings, console: Console, arguments: list[st
                 deployment.close()
                 raise
             write_state(settings.deployment, RunningDeployment(report.endpoint, session.address, 0))
+            _tell_metrics(deployment, report.endpoint, console)
             print(f"ready {report.endpoint}", flush=True)
         return
     command = [sys.executable, "-m", "runtime.cli", *(argument for argument in arguments if argument != "--detach")]

@@ -73,6 +73,9 @@ class EngineActor:
             self._permanent = isinstance(error, CheckpointError | NotEnoughMemory)
             self._detail, self._phase = f"{type(error).__name__}: {error}", "failed"
             log.error("engine %s: %s", self._replica_id, self._detail)
+        except Exception as error:  # ours, but the controller must hear of it to make another
+            self._detail, self._phase = f"{type(error).__name__}: {error}", "failed"
+            log.exception("engine %s failed", self._replica_id)
         finally:
             self._listener.close()
 

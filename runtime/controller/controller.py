@@ -168,11 +168,14 @@ class Controller:
 
     def _door_config(self, node_id: str) -> FrontDoorConfig:
         settings = self._spec.settings
+        binds_ports = node_id == self._spec.front_door_node  # the others take any that are free
         return FrontDoorConfig(
             model=settings.model,
-            model_name=settings.model_name,
+            model_names=settings.model_names,
             host=settings.host,
-            port=settings.port if node_id == self._spec.front_door_node else 0,
+            port=settings.port if binds_ports else 0,
+            metrics_port=settings.metrics_port if binds_ports or settings.metrics_port is None else 0,
+            api_keys=settings.api_keys,
             policy=settings.policy,
             secret=self._spec.secret,
             max_message_bytes=settings.max_message_size,

@@ -75,11 +75,16 @@ class Deployment:
         if not report.endpoint:
             return not self.spec.front_doors
         try:
-            with InferenceClient(report.endpoint) as client:
+            with InferenceClient(report.endpoint, api_key=self.spec.secret) as client:
                 rows = client.status(timeout_s=5.0).replicas
         except RemoteError:
             return False
         return len(rows) == self.spec.settings.replicas and all(row.state == "ready" for row in rows)
+
+    def metrics_address(self, endpoint: str) -> str:
+        """HOST:PORT of the front door's Prometheus endpoint; empty where there is none. RemoteError when it does not answer."""
+        with InferenceClient(endpoint, api_key=self.spec.secret) as client:
+            return client.status(timeout_s=5.0).front_door.metrics_address
 
     def keep_alive(self) -> None:
         """Until `close`, tells the controller that its owner lives."""

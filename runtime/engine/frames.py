@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from workers.plain import compile_check
+from workers.step import SamplingSettings
+
 METHOD = "/mobula.engine.v1.Engine/Channel"
 SECRET_HEADER = "x-mobula-secret"
 
@@ -99,6 +102,12 @@ class StatusReply(NamedTuple):
 
 Frame = Submit | Abort | StatusQuery | Hello | StepFrame | StatusReply
 _KINDS: tuple[type[Frame], ...] = (Submit, Abort, StatusQuery, Hello, StepFrame, StatusReply)
+_CHECKS = {kind: compile_check(kind) for kind in _KINDS}
+_conforms_to_settings = compile_check(SamplingSettings)
+_conforms_to_output = compile_check(RequestOutput)
+_conforms_to_load = compile_check(Load)
+_are_ids = compile_check(list[int])
+_TOKENS_ONLY = [None] * (len(RequestOutput._fields) - 2)  # what follows the token ids of nearly every output
 
 
 def encode(frame: Frame) -> bytes:
@@ -107,14 +116,33 @@ def encode(frame: Frame) -> bytes:
 
 
 def decode(payload: bytes) -> Frame:
-    """The inverse of `encode`. ValueError for anything that is not a frame."""
+    """The inverse of `encode`. ValueError for anything that is not a frame: what comes out has the types that its class states."""
     try:
         kind, *fields = msgpack.unpackb(payload)
-        frame: Frame = _KINDS[kind](*fields)
-    except (TypeError, IndexError, ValueError, msgpack.UnpackException) as error:
+    except (TypeError, ValueError, OverflowError, msgpack.UnpackException) as error:
         raise ValueError(f"not a frame of the engine channel: {error}") from error
-    if isinstance(frame, StepFrame):
-        return StepFrame([RequestOutput(*output) for output in frame.outputs], Load(*frame.load))
-    if isinstance(frame, StatusReply):
-        return StatusReply(frame.query_id, EngineStats(*frame.stats), Load(*frame.load))
+    if type(kind) is not int or not 0 <= kind < len(_KINDS):
+        raise ValueError(f"not a frame of the engine channel: there is no kind {kind!r:.40}")
+    cls = _KINDS[kind]
+    if cls is StepFrame:
+        return _step_frame(fields)
+    if not _CHECKS[cls](fields) or (cls is Submit and not _conforms_to_settings(fields[3])):
+        raise ValueError(f"not a frame of the engine channel: a {cls.__name__} whose fields are not of their types")
+    if cls is StatusReply:
+        query_id, stats, load = fields
+        return StatusReply(query_id, EngineStats(*stats), Load(*load))
+    frame: Frame = cls(*fields)
     return frame
+
+
+def _step_frame(fields: list[Any]) -> StepFrame:
+    """The frame of every step: outputs of tokens alone, which are nearly all, are judged the short way."""
+    if len(fields) == 2 and type(fields[0]) is list and _conforms_to_load(fields[1]):
+        outputs, load = fields
+        for output in outputs:
+            is_plain = type(output) is list and output[2:] == _TOKENS_ONLY
+            if not (type(output[0]) is str and _are_ids(output[1]) if is_plain else _conforms_to_output(output)):
+                break
+        else:
+            return StepFrame([RequestOutput(*output) for output in outputs], Load(*load))
+    raise ValueError("not a frame of the engine channel: a StepFrame whose fields are not of their types")

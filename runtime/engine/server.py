@@ -15,6 +15,7 @@ import contextlib
 import hmac
 import itertools
 import logging
+import math
 import time
 from array import array
 
@@ -190,19 +191,17 @@ class EngineServer:
 
 
 def _engine_request(stream: int, submit: frames.Submit) -> EngineRequest:
-    """ValueError for what is not a request: columns that are not whole token ids, settings of another version."""
+    """ValueError for what is not a request: columns that are not whole token ids, a time that is none."""
     prompt, output = array("I"), array("I")
     prompt.frombytes(submit.prompt)
     output.frombytes(submit.output)
-    try:
-        sampling = SamplingSettings(*submit.sampling)
-    except TypeError as error:
-        raise ValueError(f"sampling settings: {error}") from error
+    if submit.timeout_s is not None and not math.isfinite(submit.timeout_s):
+        raise ValueError(f"timeout_s: must be a finite number of seconds, not {submit.timeout_s}")
     return EngineRequest(
         stream=stream,
         request_id=submit.request_id,
         prompt=prompt,
-        sampling=sampling,
+        sampling=SamplingSettings(*submit.sampling),
         max_tokens=submit.max_tokens,
         end_token_ids=frozenset(submit.end_token_ids),
         tenant=submit.tenant,

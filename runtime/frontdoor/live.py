@@ -13,6 +13,7 @@ class LiveRequests:
     def __init__(self, max_requests: int) -> None:
         self._max_requests = max_requests
         self._switches: dict[tuple[str, str], AbortSwitch] = {}
+        self._num_visits = 0
 
     def __len__(self) -> int:
         return len(self._switches)
@@ -30,6 +31,17 @@ class LiveRequests:
             yield switch
         finally:
             del self._switches[name]
+
+    @contextlib.contextmanager
+    def visit(self) -> Iterator[None]:
+        """A call that only asks for a moment's work of the front door. Overloaded when as many as may live are waiting for that."""
+        if self._num_visits >= self._max_requests:
+            raise Overloaded(f"{self._max_requests} calls wait here for the tokenizer, which is the limit; try again later")
+        self._num_visits += 1
+        try:
+            yield
+        finally:
+            self._num_visits -= 1
 
     def abort(self, tenant: str, request_id: str) -> bool:
         """False when the tenant has no such request."""

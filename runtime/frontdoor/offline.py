@@ -28,14 +28,14 @@ class OfflineDoor:
 
     def __init__(self, config: FrontDoorConfig, membership: Membership) -> None:
         """Reads the model's folder: CheckpointError."""
-        model = load_served_model(config.model, config.model_name, config.max_model_len)
+        model = load_served_model(config.model, max_model_len=config.max_model_len)
         metrics = FrontDoorMetrics()
         self._membership = membership
         self._changed = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         policy = make_policy(config.policy, PolicySettings(config.affinity_limit_tokens))
         self._router = Router(policy, ChannelSettings(secret=config.secret, silence_limit_s=config.silence_limit_s), self._changed.set)
-        self._validator = Validator(model, self._executor, self._router.max_model_len)
+        self._validator = Validator(model, self._executor, self._router.max_model_len, config.model_names)
         self._pipeline = Pipeline(self._router, model.tokenizer, metrics)
 
     async def __aenter__(self) -> OfflineDoor:

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.engine.frames import RequestOutput
+from runtime.frontdoor.record import RequestRecord
 from runtime.metrics import FrontDoorMetrics
 from runtime.request import TIERS, CachedTokens, FinishReason, Timings, ValidRequest
 from runtime.routing.router import Dispatch, Router
@@ -79,18 +80,18 @@ class Pipeline:
         self._metrics = metrics
 
     async def generate(
-        self, request: ValidRequest, arrived_s: float | None = None, switch: AbortSwitch | None = None
+        self, request: ValidRequest, record: RequestRecord | None = None, switch: AbortSwitch | None = None
     ) -> AsyncGenerator[Event, None]:
         """Started, then Tokens, then Finished; or raises one of runtime.errors.
 
-        Leaving early (aclose, cancellation) aborts the request at its engine. `arrived_s`: time.monotonic() when the request came in.
+        Leaving early (aclose, cancellation) aborts the request at its engine. `record` is kept up to date with what has been sent.
         """
         dispatch = self._router.dispatch(request)
         if switch is not None:
             switch.bind(dispatch)
         make_detokenizer = self._tokenizer.new_detokenizer if self._tokenizer else _NoText
         text = OutputText(make_detokenizer, request.stop.stop, request.output_token_ids)
-        progress = _Progress(request, text, self._metrics, time.monotonic() if arrived_s is None else arrived_s)
+        progress = _Progress(request, text, self._metrics, record or RequestRecord(request.request_id, request.tenant))
         async with contextlib.aclosing(dispatch.outputs()) as batches:
             async for batch in batches:
                 for event in progress.events(batch, dispatch.replica_id):
@@ -104,20 +105,19 @@ class Pipeline:
 class _Progress:
     """How far one request has come: turns batches of engine outputs into events."""
 
-    def __init__(self, request: ValidRequest, text: OutputText, metrics: FrontDoorMetrics, arrived_s: float) -> None:
+    def __init__(self, request: ValidRequest, text: OutputText, metrics: FrontDoorMetrics, record: RequestRecord) -> None:
         self.is_finished = False
         self._request = request
         self._text = text
         self._metrics = metrics
-        self._arrived_s = arrived_s
+        self._record = record
         self._last_event_s = 0.0  # of the last event with tokens; 0 before the first
-        self._ttft_s = 0.0
-        self._num_tokens = len(request.output_token_ids)
-        self._cached: CachedTokens | None = None
+        record.num_prompt_tokens = len(request.prompt_token_ids)
+        record.num_completion_tokens = len(request.output_token_ids)
 
     def events(self, batch: list[RequestOutput], replica_id: str) -> Iterator[Event]:
         first = batch[0]
-        if self._cached is None:  # also for a request that ended before it was admitted
+        if self._record.cached is None:  # also for a request that ended before it was admitted
             yield self._start(CachedTokens(*first.cached) if first.cached is not None else CachedTokens(), replica_id)
         for group in _grouped(batch):
             yield from self._prompt_logprobs(group)
@@ -137,13 +137,15 @@ class _Progress:
                     return
 
     def _start(self, cached: CachedTokens, replica_id: str) -> Started:
-        self._cached = cached
-        num_prompt_tokens = len(self._request.prompt_token_ids)
-        self._metrics.prompt_tokens.inc(num_prompt_tokens)
+        record, metrics = self._record, self._metrics
+        record.cached, record.replica_id = cached, replica_id
+        metrics.prompt_tokens.inc(record.num_prompt_tokens)
+        metrics.cache_queries.inc(record.num_prompt_tokens)
+        metrics.cache_hits.inc(cached.total)
         for tier, num_tokens in zip(TIERS, cached, strict=True):
             if num_tokens:
-                self._metrics.cached_tokens.labels(tier).inc(num_tokens)
-        return Started(self._request.request_id, num_prompt_tokens, cached.total, replica_id)
+                metrics.cached_tokens.labels(tier).inc(num_tokens)
+        return Started(self._request.request_id, record.num_prompt_tokens, cached.total, replica_id)
 
     def _prompt_logprobs(self, group: list[RequestOutput]) -> Iterator[Tokens]:
         positions = [entry for output in group for entry in _positions(output.prompt_logprobs)]
@@ -152,20 +154,20 @@ class _Progress:
 
     def _tokens(self, token_ids: list[int], logprobs: Logprobs | None, piece: OutputPiece) -> Iterator[Tokens]:
         """Nothing after a match is sent or counted."""
-        num_new = len(token_ids)
+        num_new, record = len(token_ids), self._record
         if piece.match:
-            num_new = max(0, piece.num_tokens - self._num_tokens)
+            num_new = max(0, piece.num_tokens - record.num_completion_tokens)
             token_ids, logprobs = token_ids[:num_new], logprobs and logprobs[:num_new]
-            self._num_tokens = min(piece.num_tokens, self._num_tokens + num_new)
+            record.num_completion_tokens = min(piece.num_tokens, record.num_completion_tokens + num_new)
         else:
-            self._num_tokens += num_new
+            record.num_completion_tokens += num_new
         if num_new:
             now_s = time.monotonic()
             if self._last_event_s:
                 self._metrics.inter_token_s.observe((now_s - self._last_event_s) / num_new)
             else:
-                self._ttft_s = now_s - self._arrived_s
-                self._metrics.ttft_s.observe(self._ttft_s)
+                record.ttft_s = now_s - record.arrived_s
+                self._metrics.ttft_s.observe(record.ttft_s)
             self._last_event_s = now_s
             self._metrics.generation_tokens.inc(num_new)
         if num_new or piece.text:
@@ -173,11 +175,17 @@ class _Progress:
 
     def _finish(self, reason: FinishReason, match: str, engine_timings: Sequence[float]) -> Finished:
         self.is_finished = True
-        total_s = time.monotonic() - self._arrived_s
-        self._metrics.request_s.observe(total_s)
+        record, metrics = self._record, self._metrics
+        total_s = time.monotonic() - record.arrived_s
         queue_s, store_wait_s = engine_timings
-        usage = Usage(len(self._request.prompt_token_ids), self._num_tokens, self._cached or CachedTokens())
-        return Finished(reason, match, usage, Timings(queue_s, store_wait_s, self._ttft_s, total_s))
+        metrics.successes.labels(reason.value).inc()
+        metrics.request_s.observe(total_s)
+        metrics.queue_s.observe(queue_s)
+        metrics.store_wait_s.observe(store_wait_s)
+        metrics.request_prompt_tokens.observe(record.num_prompt_tokens)
+        metrics.request_output_tokens.observe(record.num_completion_tokens)
+        usage = Usage(record.num_prompt_tokens, record.num_completion_tokens, record.cached or CachedTokens())
+        return Finished(reason, match, usage, Timings(queue_s, store_wait_s, record.ttft_s or 0.0, total_s))
 
 
 def _grouped(batch: list[RequestOutput]) -> Iterator[list[RequestOutput]]:

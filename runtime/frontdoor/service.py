@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from typing import Any
@@ -10,17 +11,18 @@ import grpc.aio
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
-from runtime.errors import BadRequest, status_of
+from runtime.api_keys import Tenants
+from runtime.errors import BadRequest, DeadlinePassed, status_of
 from runtime.frontdoor.live import LiveRequests
 from runtime.frontdoor.messages import event_message
 from runtime.frontdoor.pipeline import AbortSwitch, Finished, Pipeline
+from runtime.frontdoor.record import RequestRecord
 from runtime.frontdoor.status import StatusReporter
 from runtime.frontdoor.validate import Validator, check_request_id
 from runtime.metrics import FrontDoorMetrics
 from runtime.text.model_card import ServedModel
 
 SERVICE = "mobula.inference.v1.Inference"
-_NO_TENANT = ""  # callers are not authenticated, so all of them are one tenant
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -33,6 +35,7 @@ class InferenceService(rpc.InferenceServicer):
         pipeline: Pipeline,
         status: StatusReporter,
         live: LiveRequests,
+        tenants: Tenants,
         metrics: FrontDoorMetrics,
     ) -> None:
         self._model = model
@@ -40,59 +43,75 @@ class InferenceService(rpc.InferenceServicer):
         self._pipeline = pipeline
         self._status = status
         self._live = live
+        self._tenants = tenants
         self._metrics = metrics
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        arrived_s = time.monotonic()
+        record = RequestRecord(request.request_id, self._tenant(context))
+        remaining_s = context.time_remaining()
+        deadline_s = None if remaining_s is None else record.arrived_s + remaining_s
         outcome = "cancelled"
         self._metrics.live_requests.inc()
         try:
-            request_id = check_request_id(request.request_id)
-            with self._live.admit(_NO_TENANT, request_id) as switch:
-                outcome = await self._generate(request, request_id, context, arrived_s, switch)
+            record.request_id = check_request_id(request.request_id)
+            with self._live.admit(record.tenant, record.request_id) as switch:
+                outcome = await self._generate(request, record, deadline_s, context, switch)
+        except asyncio.CancelledError:
+            if deadline_s is not None and time.monotonic() >= deadline_s:  # gRPC cancels a call that is past its deadline
+                outcome = status_of(DeadlinePassed())[1]
+            raise
         except Exception as error:
             outcome = status_of(error)[1]
             raise
         finally:
             self._metrics.live_requests.dec()
             self._metrics.requests.labels(outcome).inc()
+            record.log_end(outcome)
 
-    async def _generate(self, request: pb.GenerateRequest, request_id: str, context: Context, arrived_s: float, switch: AbortSwitch) -> str:
+    async def _generate(
+        self, request: pb.GenerateRequest, record: RequestRecord, deadline_s: float | None, context: Context, switch: AbortSwitch
+    ) -> str:
         """Returns the finish reason."""
-        remaining_s = context.time_remaining()
-        deadline_s = None if remaining_s is None else arrived_s + remaining_s
-        valid = await self._validator.validate(request, request_id, tenant=_NO_TENANT, deadline_s=deadline_s)
+        valid = await self._validator.validate(request, record.request_id, tenant=record.tenant, deadline_s=deadline_s)
         outcome = "cancelled"
-        async with contextlib.aclosing(self._pipeline.generate(valid, arrived_s, switch)) as events:
+        async with contextlib.aclosing(self._pipeline.generate(valid, record, switch)) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     outcome = event.reason.value
                 await context.write(event_message(event))
         return outcome
 
+    def _tenant(self, context: Context) -> str:
+        return self._tenants.tenant_of(context.invocation_metadata())
+
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
         if not request.request_id:
             raise BadRequest("request_id: must not be empty")
-        found = self._live.abort(_NO_TENANT, request.request_id)
+        found = self._live.abort(self._tenant(context), request.request_id)
         return pb.AbortResponse(outcome=pb.ABORTED if found else pb.UNKNOWN_REQUEST)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
         card = self._model.card
-        message = pb.ModelCard(
-            name=card.name,
-            architecture=card.architecture,
-            max_model_len=self._validator.max_model_len,
-            vocab_size=card.vocab_size,
-            takes_text=self._model.tokenizer is not None,
-            takes_chat=self._model.chat is not None,
-        )
-        return pb.ListModelsResponse(models=[message])
+        cards = [
+            pb.ModelCard(
+                name=name,
+                architecture=card.architecture,
+                max_model_len=self._validator.max_model_len,
+                vocab_size=card.vocab_size,
+                takes_text=self._model.tokenizer is not None,
+                takes_chat=self._model.chat is not None,
+            )
+            for name in self._validator.model_names
+        ]
+        return pb.ListModelsResponse(models=cards)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
-        return pb.TokenizeResponse(token_ids=await self._validator.tokenize(request))
+        with self._live.visit():
+            return pb.TokenizeResponse(token_ids=await self._validator.tokenize(request))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
-        return pb.DetokenizeResponse(text=self._validator.detokenize(request))
+        with self._live.visit():
+            return pb.DetokenizeResponse(text=await self._validator.detokenize(request))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
-        return await self._status.report()
+        return await self._status.report(len(self._live))

@@ -32,8 +32,9 @@ class StatusReporter:
         self._connect_store = connect_store
         self._timeout_s = timeout_s
         self._stores: dict[str, StoreStatus] = {}
+        self.metrics_address = ""  # set by the server once it listens
 
-    async def report(self) -> pb.GetStatusResponse:
+    async def report(self, num_live_requests: int) -> pb.GetStatusResponse:
         """Waits up to the time limit for the slowest; nothing that is lost makes the others wait longer."""
         membership = self._router.membership
         await self._close_all_but({store.address for store in membership.stores})
@@ -41,7 +42,14 @@ class StatusReporter:
             asyncio.gather(*(self._replica(member) for member in membership.replicas)),
             asyncio.gather(*(self._store(member) for member in membership.stores)),
         )
-        return pb.GetStatusResponse(replicas=replicas, stores=stores)
+        reserved = self._router.reserved().values()
+        front_door = pb.FrontDoorStatus(
+            live_requests=num_live_requests,
+            reserved_requests=sum(share.num_requests for share in reserved),
+            reserved_tokens=sum(share.uncached_tokens for share in reserved),
+            metrics_address=self.metrics_address,
+        )
+        return pb.GetStatusResponse(replicas=replicas, stores=stores, front_door=front_door)
 
     async def close(self) -> None:
         await self._close_all_but(set())

@@ -24,8 +24,9 @@ MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-5  # below it logits would overflow, and the draw is the largest one's anyway
 ROLES = ("system", "user", "assistant", "tool")
-_INLINE_CHARS = 2048  # shorter texts are tokenised in less time than a thread takes to answer
+_INLINE_SIZE = 2048  # shorter texts, or fewer tokens, are done with in less time than a thread takes to answer
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: value >= 0, "at least 0"),
@@ -42,8 +43,17 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 class Validator:
-    def __init__(self, model: ServedModel, executor: Executor, max_model_len: Callable[[], int | None] = lambda: None) -> None:
-        """`executor` tokenises long texts. `max_model_len`: what the replicas can hold, None while that is unknown."""
+    def __init__(
+        self,
+        model: ServedModel,
+        executor: Executor,
+        max_model_len: Callable[[], int | None] = lambda: None,
+        model_names: tuple[str, ...] = (),
+    ) -> None:
+        """`executor` tokenises long texts. `max_model_len`: what the replicas can hold, None while that is unknown. `model_names`: what
+        requests may call the model; none given: the card's name.
+        """
+        self.model_names = model_names or (model.card.name,)
         self._model = model
         self._executor = executor
         self._replicas_max_len = max_model_len
@@ -73,9 +83,10 @@ class Validator:
         )
 
     def check_model(self, name: str) -> None:
-        """UnknownModel unless `name` is empty or the one served."""
-        if name and name != self._model.card.name:
-            raise UnknownModel(f"model: {name!r} is not served here; {self._model.card.name!r} is")
+        """UnknownModel unless `name` is empty or one of those served."""
+        if name and name not in self.model_names:
+            served = ", ".join(map(repr, self.model_names))
+            raise UnknownModel(f"model: {name[:MAX_ID_CHARS]!r} is not served here; served: {served}")
 
     async def tokenize(self, request: pb.TokenizeRequest) -> array[int]:
         self.check_model(request.model)
@@ -84,15 +95,19 @@ class Validator:
             raise BadRequest("input: give text or messages")
         return await (self._encode(request.text, chat=False) if kind == "text" else self._chat(request.messages))
 
-    def detokenize(self, request: pb.DetokenizeRequest) -> str:
+    async def detokenize(self, request: pb.DetokenizeRequest) -> str:
         self.check_model(request.model)
-        return self._tokenizer("token_ids").decode(request.token_ids)
+        decode = self._tokenizer("token_ids").decode
+        if len(request.token_ids) <= _INLINE_SIZE:
+            return decode(request.token_ids)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, decode, list(request.token_ids))
 
     async def _prompt(self, request: pb.GenerateRequest) -> array[int]:
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise BadRequest("prompt: give one of text, token_ids and messages")
         if kind == "token_ids":
+            self._check_length(kind, len(request.token_ids.ids))  # before anything is done with millions of them
             prompt = array("I", request.token_ids.ids)
         elif kind == "text":
             if not request.text:
@@ -102,12 +117,15 @@ class Validator:
             prompt = await self._chat(request.messages)
         if not prompt:
             raise BadRequest(f"{kind}: must hold at least one token")
+        self._check_length(kind, len(prompt))
         vocab_size = self._model.card.vocab_size
         if max(prompt) >= vocab_size:
             raise BadRequest(f"{kind}: token id {max(prompt)} is outside the vocabulary of {vocab_size}")
-        if len(prompt) >= self.max_model_len:
-            raise BadRequest(f"{kind}: a prompt of {len(prompt)} tokens leaves no room for output in a context of {self.max_model_len}")
         return prompt
+
+    def _check_length(self, field: str, num_tokens: int) -> None:
+        if num_tokens >= self.max_model_len:
+            raise BadRequest(f"{field}: a prompt of {num_tokens} tokens leaves no room for output in a context of {self.max_model_len}")
 
     async def _chat(self, chat: pb.ChatMessages) -> array[int]:
         template = self._model.chat
@@ -121,11 +139,15 @@ class Validator:
                 raise BadRequest(f"messages[{index}].role: must be one of {', '.join(ROLES)}, not {message.role!r}")
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         tools, documents = _json_list("tools_json", chat.tools_json), _json_list("documents_json", chat.documents_json)
-        return await self._encode(template.render(messages, tools, documents), chat=True)
+        if chat.ByteSize() <= _INLINE_SIZE:
+            text = template.render(messages, tools, documents)
+        else:
+            text = await asyncio.get_running_loop().run_in_executor(self._executor, template.render, messages, tools, documents)
+        return await self._encode(text, chat=True)
 
     async def _encode(self, text: str, *, chat: bool) -> array[int]:
         tokenizer = self._tokenizer("text")
-        if len(text) <= _INLINE_CHARS:
+        if len(text) <= _INLINE_SIZE:
             return tokenizer.encode(text, add_special_tokens=not chat)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: tokenizer.encode(text, add_special_tokens=not chat))
@@ -190,7 +212,7 @@ def _sampling(sampling: pb.SamplingParams, defaults: SamplingDefaults, num_promp
         repetition_penalty=chosen.repetition_penalty,
         presence_penalty=chosen.presence_penalty,
         frequency_penalty=chosen.frequency_penalty,
-        temperature=chosen.temperature,
+        temperature=0.0 if chosen.temperature < MIN_TEMPERATURE else chosen.temperature,
         min_p=chosen.min_p,
         top_k=max(0, chosen.top_k),
         top_p=chosen.top_p,
@@ -206,7 +228,7 @@ def _json_list(field: str, text: str) -> list[Any] | None:
         return None
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"{field}: is not valid JSON: {error}") from error
     if not isinstance(value, list):
         raise BadRequest(f"{field}: must be a JSON list")

@@ -21,9 +21,9 @@ import grpc
 import grpc.aio
 
 from runtime.engine import frames
-from runtime.engine.frames import Abort, Frame, Hello, Load, StatusQuery, StatusReply, StepFrame, Submit
+from runtime.engine.frames import Abort, EngineStats, Frame, Hello, Load, StatusQuery, StatusReply, StepFrame, Submit
 from runtime.errors import Overloaded, ReplicaLost
-from runtime.routing.output_queue import OutputQueue
+from runtime.routing.output_queue import MAX_UNREAD, OutputQueue
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class EngineChannel:
         self.address = address
         self.hello: Hello | None = None  # set while connected
         self.load = _IDLE
+        self.stats: EngineStats | None = None  # as of the last answer to a query; None while not connected
         self.last_answer_s = 0.0  # event loop time of the last frame
         self.step_age_s = 0.0  # of the step the ranks had not finished when the engine was last asked
         self.problem = "not connected yet"
@@ -77,13 +78,13 @@ class EngineChannel:
                 await self._task
             self._task = None
 
-    def open(self, submit: Submit) -> OutputQueue:
+    def open(self, submit: Submit, max_unread: int = MAX_UNREAD) -> OutputQueue:
         """Sends a request. ReplicaLost when the engine is not connected, Overloaded when it does not read."""
         if self.hello is None:
             raise ReplicaLost(self._lost_message())
         if len(self._unsent) >= self._settings.max_unsent_frames:
             raise Overloaded(f"replica {self.replica_id} does not read its requests; try again later")
-        queue = self._queues[submit.request_id] = OutputQueue(submit.max_tokens)
+        queue = self._queues[submit.request_id] = OutputQueue(submit.max_tokens, max_unread)
         self._send(submit)
         return queue
 
@@ -132,6 +133,7 @@ class EngineChannel:
 
     def _disconnect(self) -> None:
         was_connected, self.hello, self.load, self.step_age_s = self.hello is not None, None, _IDLE, 0.0
+        self.stats = None
         self._unsent.clear()
         queues, self._queues = self._queues, {}
         for queue in queues.values():
@@ -182,7 +184,7 @@ class EngineChannel:
                 if isinstance(frame, StepFrame):
                     self._deliver(frame)
                 elif isinstance(frame, StatusReply):
-                    self.load, self.step_age_s = frame.load, frame.stats.step_age_s
+                    self.load, self.stats, self.step_age_s = frame.load, frame.stats, frame.stats.step_age_s
                     reply = self._queries.get(frame.query_id)
                     if reply is not None and not reply.done():
                         reply.set_result(frame)
@@ -198,7 +200,8 @@ class EngineChannel:
             if queue is not None:
                 if output.finish_reason is not None or output.error is not None:
                     del queues[output.request_id]
-                queue.put(output)
+                if not queue.put(output):
+                    self.abort(output.request_id, "abort")
 
     async def _write_loop(self, stream: Stream) -> None:
         clock = asyncio.get_running_loop().time

@@ -7,6 +7,11 @@ from collections import deque
 
 from cache_store.errors import MobulaError
 from runtime.engine.frames import RequestOutput
+from runtime.errors import Overloaded
+
+MAX_UNREAD = 1 << 16  # tokens and logprobs of one request that wait for its reader
+MAX_JOINED_TOKENS = 256
+_TOKENS_ONLY = (None,) * (len(RequestOutput._fields) - 2)
 
 
 class Turnstile:
@@ -50,30 +55,62 @@ class Turnstile:
 class OutputQueue:
     """Never makes the other requests of a stream wait: a slow reader finds several outputs at once.
 
-    Bounded by the request itself: an engine that sends more than `max_tokens` is broken, and the request fails.
+    Bounded twice. An engine that sends more than `max_tokens` is broken, and the request fails. A reader that lets more than `max_unread`
+    tokens and logprobs gather fails with Overloaded, and what gathered is dropped: nobody's memory is a slow client's buffer.
     """
 
-    __slots__ = ("_error", "_has_last", "_max_tokens", "_num_tokens", "_outputs", "_waiter")
+    __slots__ = ("_error", "_has_last", "_max_tokens", "_max_unread", "_num_tokens", "_num_unread", "_outputs", "_waiter")
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, max_unread: int = MAX_UNREAD) -> None:
         self._max_tokens = max_tokens
+        self._max_unread = max_unread
         self._num_tokens = 0
+        self._num_unread = 0
         self._outputs: list[RequestOutput] = []
         self._has_last = False
         self._error: MobulaError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, output: RequestOutput) -> None:
-        """An output with a finish reason or an error is the last; later ones are dropped."""
+    @property
+    def num_unread(self) -> int:
+        """Tokens and logprobs that wait for the reader."""
+        return self._num_unread
+
+    def put(self, output: RequestOutput) -> bool:
+        """An output with a finish reason or an error is the last; later ones are dropped. False once the request has failed here."""
+        if self._error is not None:
+            return False
         if self._has_last:
-            return
+            return True
         self._has_last = output.finish_reason is not None or output.error is not None
         self._num_tokens += len(output.token_ids)
+        self._num_unread += len(output.token_ids) + _num_scores(output.logprobs) + _num_scores(output.prompt_logprobs)
         if self._num_tokens > self._max_tokens:
             self.fail(MobulaError(f"the engine sent {self._num_tokens} tokens for a request of at most {self._max_tokens}"))
-            return
-        self._outputs.append(output)
-        self._wake()
+        elif self._num_unread > self._max_unread:
+            self.fail(
+                Overloaded(f"the client reads too slowly: {self._num_unread} tokens and logprobs wait for it; read faster or ask for less")
+            )
+            self._outputs.clear()
+            self._num_unread = 0
+        else:
+            self._append(output)
+            self._wake()
+        return self._error is None
+
+    def _append(self, output: RequestOutput) -> None:
+        """Tokens alone are joined to those that wait already: 40 bytes each where an output of its own takes 300."""
+        last = self._outputs[-1] if self._outputs else None
+        if (
+            last is not None
+            and len(last.token_ids) < MAX_JOINED_TOKENS
+            and last.logprobs is None
+            and last.prompt_logprobs is None
+            and output[2:] == _TOKENS_ONLY
+        ):
+            last.token_ids.extend(output.token_ids)
+        else:
+            self._outputs.append(output)
 
     def fail(self, error: MobulaError) -> None:
         """Ends the queue: what is in it is still read, then `error` is raised. Only the first error counts."""
@@ -92,9 +129,17 @@ class OutputQueue:
             finally:
                 self._waiter = None
         await turnstile.enter()
-        outputs, self._outputs = self._outputs, []
+        if not self._outputs:
+            return await self.take(turnstile)  # it failed at the turnstile, which drops what was there
+        outputs, self._outputs, self._num_unread = self._outputs, [], 0
         return outputs
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _num_scores(logprobs: list[list[tuple[int, float]]] | bytes | None) -> int:
+    if logprobs is None:
+        return 0
+    return len(logprobs) // 4 if isinstance(logprobs, bytes) else sum(map(len, logprobs))

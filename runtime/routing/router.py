@@ -17,9 +17,10 @@ from typing import NamedTuple
 from cache_store.keys import BlockKey, chain_keys, hash_fields, salted_root
 from runtime.engine.frames import Hello, RequestOutput, Submit
 from runtime.errors import BY_NAME, DeadlinePassed, NoReplica, Overloaded, ReplicaLost
+from runtime.metrics import ReplicaFigures
 from runtime.request import FinishReason, ValidRequest
 from runtime.routing.engine_channel import ChannelSettings, EngineChannel
-from runtime.routing.output_queue import OutputQueue, Turnstile
+from runtime.routing.output_queue import MAX_UNREAD, OutputQueue, Turnstile
 from runtime.routing.prefix_index import PrefixIndex
 from runtime.routing.types import DRAINING, READY, Candidate, Membership, Policy, ReplicaMember, RoutingContext
 from workers.errors import GroupFailed
@@ -109,6 +110,11 @@ class Router:
 
     def reserved(self) -> dict[str, Reserved]:
         return {replica_id: Reserved(replica.num_requests, replica.uncached_tokens) for replica_id, replica in self._replicas.items()}
+
+    def replica_figures(self) -> list[ReplicaFigures]:
+        """What the connected replicas last said of themselves. May be called from any thread."""
+        channels = [(replica_id, replica.channel) for replica_id, replica in list(self._replicas.items())]
+        return [ReplicaFigures(replica_id, channel.load, stats) for replica_id, channel in channels if (stats := channel.stats)]
 
     def dispatch(self, request: ValidRequest) -> Dispatch:
         """The request's way through the cluster; nothing is sent before its `outputs` are read."""
@@ -244,7 +250,7 @@ class Dispatch:
         request, channel = self._request, reservation.replica.channel
         wire_id = self._router.new_wire_id(request.request_id)
         loop = asyncio.get_running_loop()
-        queue = self._queue = channel.open(_submit(wire_id, request, loop.time()))
+        queue = self._queue = channel.open(_submit(wire_id, request, loop.time()), _max_unread(request))
         timer = None
         try:
             if self._aborted:
@@ -287,6 +293,12 @@ def _submit(wire_id: str, request: ValidRequest, now_s: float) -> Submit:
         request.cache_salt,
         None if request.deadline_s is None else max(0.0, request.deadline_s - now_s),
     )
+
+
+def _max_unread(request: ValidRequest) -> int:
+    """The logprobs of a prompt come faster than any client reads them, but there are no more of them than the prompt has tokens."""
+    num_best = request.sampling.num_prompt_logprobs
+    return MAX_UNREAD + (0 if num_best is None else len(request.prompt_token_ids) * (num_best + 1))
 
 
 def _root_of(hello: Hello) -> tuple[BlockKey, int]:

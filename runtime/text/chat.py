@@ -68,6 +68,7 @@ class ChatTemplate:
             IndexError,
             AttributeError,
             OverflowError,
+            RecursionError,
             ZeroDivisionError,
         ) as error:
             raise BadRequest(f"messages: the model's chat template refused them: {error}") from error

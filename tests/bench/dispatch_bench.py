@@ -1,17 +1,24 @@
 """Plan dispatch: from `submit` of a plan of decode rows to the last rank's answer, with a forward pass that does nothing.
 
-python tests/bench/dispatch_bench.py
+Measured in turn with bare sockets: the same bytes to as many processes that read them and send a few bytes back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import socket
 import statistics
 import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
+from tests.bench.rows import Row
 from workers.config import WorkerConfig
 from workers.group import GroupListener, RankGroup
 from workers.local import spawn_ranks
 from workers.step import NewRow, SamplingSettings, StepPlan, StepRow
+from workers.wire import encode
 from workers.worker import ECHO
 
 BUDGET_US = 150.0
@@ -21,7 +28,55 @@ NUM_WARM_UP = 300
 NUM_STEPS = 1000
 NUM_RUNS = 5
 
-Row = tuple[str, float, str, float | None, bool]  # name, value, unit, budget, ok
+
+def echo(link: socket.socket, num_bytes: int) -> None:
+    """A rank without anything: reads a message, sends eight bytes."""
+    buffer = bytearray(num_bytes)
+    with link:
+        while True:
+            read = 0
+            while read < num_bytes:
+                got = link.recv_into(memoryview(buffer)[read:])
+                if not got:
+                    return
+                read += got
+            link.sendall(b"12345678")
+
+
+@contextlib.contextmanager
+def bare_ranks(world_size: int, num_bytes: int) -> Iterator[list[socket.socket]]:
+    context = multiprocessing.get_context("fork")
+    links, processes = [], []
+    for _ in range(world_size):
+        mine, theirs = socket.socketpair()
+        process = context.Process(target=echo, args=(theirs, num_bytes), daemon=True)
+        process.start()
+        theirs.close()
+        links.append(mine)
+        processes.append(process)
+    try:
+        yield links
+    finally:
+        for link in links:
+            link.shutdown(socket.SHUT_RDWR)
+            link.close()
+        for process in processes:
+            process.terminate()
+            process.join(10)
+
+
+def measure_bare(links: list[socket.socket], num_bytes: int) -> list[float]:
+    """Microseconds of every round trip to all of them."""
+    message = bytes(num_bytes)
+    times_us = []
+    for _ in range(NUM_WARM_UP + NUM_STEPS):
+        started_s = time.perf_counter()
+        for link in links:
+            link.sendall(message)
+        for link in links:
+            link.recv(8, socket.MSG_WAITALL)
+        times_us.append((time.perf_counter() - started_s) * 1e6)
+    return times_us[NUM_WARM_UP:]
 
 
 def measure(group: RankGroup, num_rows: int) -> list[float]:
@@ -45,10 +100,18 @@ def measure(group: RankGroup, num_rows: int) -> list[float]:
     return times_us
 
 
-def run(world_size: int, all_num_rows: list[int]) -> dict[int, tuple[float, float]]:
-    """By number of rows: p50 and p99 in microseconds, each the median of NUM_RUNS interleaved runs."""
+class Figures(NamedTuple):
+    """Microseconds, each the median of NUM_RUNS interleaved runs."""
+
+    p50: float
+    p99: float
+    bare_p50: float
+
+
+def run(world_size: int, all_num_rows: list[int]) -> dict[int, Figures]:
+    """By number of rows."""
     config = WorkerConfig(model="none", tensor_parallel_size=world_size, device="cpu")
-    figures: dict[int, list[tuple[float, float]]] = {num_rows: [] for num_rows in all_num_rows}
+    figures: dict[int, list[Figures]] = {num_rows: [] for num_rows in all_num_rows}
     with (
         GroupListener(world_size, secret=SECRET) as listener,
         spawn_ranks(listener.address, world_size, SECRET, parts=ECHO) as ranks,
@@ -58,25 +121,21 @@ def run(world_size: int, all_num_rows: list[int]) -> dict[int, tuple[float, floa
             for num_rows in all_num_rows:
                 group.load(config, lambda *progress: None, timeout_s=60.0)
                 times_us = sorted(measure(group, num_rows))
-                figures[num_rows].append((times_us[len(times_us) // 2], times_us[len(times_us) * 99 // 100]))
-    return {
-        num_rows: (statistics.median(p50 for p50, _ in runs), statistics.median(p99 for _, p99 in runs))
-        for num_rows, runs in figures.items()
-    }
+                rows = [StepRow(row_id, 1, 0, 0, [1] if row_id % BLOCK_SIZE == 0 else []) for row_id in range(num_rows)]
+                num_bytes = len(encode(StepPlan(1, [], [], rows, [], [])))
+                with bare_ranks(world_size, num_bytes) as links:
+                    bare_us = statistics.median(measure_bare(links, num_bytes))
+                figures[num_rows].append(Figures(times_us[len(times_us) // 2], times_us[len(times_us) * 99 // 100], bare_us))
+    return {num_rows: Figures(*(statistics.median(column) for column in zip(*runs, strict=True))) for num_rows, runs in figures.items()}
 
 
 def main() -> list[Row]:
     rows: list[Row] = []
     for world_size in (2, 4):
-        for num_rows, (p50_us, p99_us) in run(world_size, [64, 256]).items():
-            name = f"plan dispatch, {num_rows} rows, tp {world_size}"
-            budget = BUDGET_US if (world_size, num_rows) == (2, 64) else None
-            rows.append((f"{name}, p50", p50_us, "us", budget, budget is None or p50_us <= budget))
-            rows.append((f"{name}, p99", p99_us, "us", None, True))
+        for num_rows, figures in run(world_size, [64, 256]).items():
+            name, of = f"plan dispatch, {num_rows} rows, tp {world_size}", "bare sockets, the same bytes"
+            has_budget = (world_size, num_rows) == (2, 64)
+            ok, budget = figures.p50 <= BUDGET_US or not has_budget, f"<= {BUDGET_US:g} us" if has_budget else "printed"
+            rows.append(Row(f"{name}, p50", figures.p50, "us", budget, ok, figures.bare_p50, of))
+            rows.append(Row(f"{name}, p99", figures.p99, "us", "printed", True, figures.bare_p50, of))
     return rows
-
-
-if __name__ == "__main__":
-    for name, value, unit, budget, ok in main():
-        verdict = "" if budget is None else f"budget {budget:g}, {'ok' if ok else 'missed'}"
-        print(f"{name:40} {value:8.1f} {unit}  {verdict}")

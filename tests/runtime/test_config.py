@@ -29,12 +29,35 @@ def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "names"), [(["a"], ("a",)), (["a", "b"], ("a", "b")), (["a, b", "c"], ("a", "b", "c")), ([], ("model",)), (None, ("model",))]
+)
+def test_a_model_may_be_given_several_names(given: list[str] | None, names: tuple[str, ...]) -> None:
+    assert resolve_settings({"model": "/some/model", "served_model_name": given}, None, {}).model_names == names
+
+
+def test_names_and_keys_from_a_file_and_the_environment(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text('blue = "blue-key-1"\n')
+    file = tmp_path / "mobula.toml"
+    file.write_text(f'served-model-name = ["a", "b"]\napi-keys = "{keys}"\n')
+    settings = resolve_settings({}, file, {"MOBULA_METRICS_PORT": "0"})
+    assert (settings.model_names, settings.metrics_port) == (("a", "b"), 0)
+    assert [tenant for tenant, _ in settings.api_keys] == ["blue"]
+    assert "blue-key-1" not in repr(settings)
+    assert resolve_settings({}, None, {"MOBULA_SERVED_MODEL_NAME": "x,y"}).model_names == ("x", "y")
+
+
+@pytest.mark.parametrize(
     ("flags", "environment", "text", "named"),
     [
         ({"kv_memory": "much"}, {}, "", "--kv-memory"),
         ({}, {"MOBULA_REPLICAS": "two"}, "", "MOBULA_REPLICAS"),
         ({"replicas": 0}, {}, "", "--replicas"),
         ({"load_format": "pickle"}, {}, "", "--load-format"),
+        ({"served_model_name": ["a", "a"]}, {}, "", "--served-model-name"),
+        ({"served_model_name": [""]}, {}, "", "--served-model-name"),
+        ({"api_keys": "/nowhere/keys.toml"}, {}, "", "--api-keys: /nowhere/keys.toml"),
+        ({"metrics_port": 70_000}, {}, "", "--metrics-port"),
         ({"deployment": "A b"}, {}, "", "--deployment"),
         ({}, {}, "no_such = 1", "no_such"),
         ({}, {}, "= broken", "--config"),

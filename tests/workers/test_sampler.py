@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from workers import sampler
 from workers.noise import gumbel, mix_, mix_int, split_seed, uniform
-from workers.sampler import Draws, Penalties, all_logprobs, best_logprobs, draw, penalise
+from workers.sampler import Draws, Penalties, all_logprobs, best_logprobs, draw, keep, penalise
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -78,6 +79,98 @@ def test_draws_follow_the_exact_distribution(settings):
     degrees = int((expected > 0).sum()) - 1
     critical = degrees + 4.0 * math.sqrt(2 * degrees) + 4  # beyond the 0.9999 quantile for every number of degrees
     assert chi_square(counts, expected) < critical
+
+
+def test_noise_follows_gumbels_law():
+    """Counts of 64 intervals of equal probability, over seeds, positions and tokens alike; and the mean and variance of the law."""
+    num_rows, vocab_size = 500, 400
+    settings = draws([seed % 50 for seed in range(num_rows)], torch.arange(num_rows) // 50)
+    noise = gumbel(sampler._bits(settings.seeds, settings.positions, vocab_size)).double().numpy()
+    uniform_SV = np.exp(-np.exp(-noise))
+    for view in (uniform_SV.ravel(), uniform_SV[:, 7], uniform_SV[3]):
+        counts = np.bincount((view * 64).astype(int), minlength=64)
+        assert chi_square(counts, np.full(64, 1 / 64)) < CHI_SQUARE_999[63]
+    size = noise.size
+    assert abs(noise.mean() - np.euler_gamma) < 4 * math.sqrt(math.pi**2 / 6 / size)
+    assert abs(noise.var() - math.pi**2 / 6) < 4 * math.sqrt(4.4 * (math.pi**2 / 6) ** 2 / size)  # its kurtosis is 5.4
+    neighbours = np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1], np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]
+    assert max(map(abs, neighbours)) < 4 / math.sqrt(size)
+
+
+@pytest.mark.parametrize("seeds", [range(30_000), [seed << 32 for seed in range(30_000)], [(1 << 64) - 1 - seed for seed in range(30_000)]])
+def test_seeds_that_differ_little_draw_independently(seeds):
+    """Neighbouring seeds, in either word: pairs of 16 x 16 outcomes of a uniform choice at the same position."""
+    tokens = draw(torch.zeros(len(seeds), 16), draws(list(seeds), 3)).numpy()
+    pairs = np.bincount(tokens[:-1] * 16 + tokens[1:], minlength=256)
+    assert chi_square(pairs, np.full(256, 1 / 256)) < CHI_SQUARE_999[255]
+
+
+def transformers_keep(logits, order, *, temperature=1.0, min_p=0.0, top_p=1.0, top_k=0) -> torch.Tensor:
+    """The scores after transformers' own processors, in the given order."""
+    from transformers.generation import logits_process as hf
+
+    made = {
+        "temperature": hf.TemperatureLogitsWarper(temperature),
+        "min_p": hf.MinPLogitsWarper(min_p),
+        "top_k": hf.TopKLogitsWarper(top_k or logits.shape[1]),
+        "top_p": hf.TopPLogitsWarper(top_p),
+    }
+    return hf.LogitsProcessorList([made[name] for name in order])(torch.zeros(len(logits), 1, dtype=torch.int64), logits)
+
+
+VLLM_ORDER = ("temperature", "min_p", "top_k", "top_p")
+TRANSFORMERS_ORDER = ("temperature", "top_k", "top_p", "min_p")
+
+
+@pytest.mark.parametrize("order", [VLLM_ORDER, TRANSFORMERS_ORDER])
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 7])
+@pytest.mark.parametrize(("min_p", "top_p"), [(0.0, 1.0), (0.1, 1.0), (0.0, 0.8), (0.1, 0.8)])
+def test_what_is_kept_is_what_transformers_processors_keep(order, temperature, top_k, min_p, top_p):
+    """In vLLM's order always; in transformers' order wherever not both of min-p and top-p are set, which is where the two differ."""
+    torch.manual_seed(4)
+    logits = torch.randn(200, 60) * 2
+    settings = {"temperature": temperature, "top_k": top_k, "min_p": min_p, "top_p": top_p}
+    mine = keep(logits, draws(range(200), 0, **settings))
+    theirs = transformers_keep(logits, order, **settings)
+    if order == TRANSFORMERS_ORDER and min_p and top_p < 1:
+        assert ((mine == -math.inf) | (theirs > -math.inf)).all()  # a subset
+    else:
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_the_order_of_transformers_is_the_one_assumed_here(checkpoints):
+    """As `generate` builds it: penalties, then temperature, then the filters."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(do_sample=True, repetition_penalty=1.2, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
+    processors = checkpoints.oracle("llama")._get_logits_processor(config, input_ids_seq_length=1)
+    names = [type(processor).__name__ for processor in processors]
+    wanted = [f"{name}Logits" for name in ("Temperature", "TopK", "TopP", "MinP")]
+    assert names[0].startswith("RepetitionPenalty")
+    assert [name.removesuffix("Warper") for name in names[1:]] == wanted
+
+
+def test_penalties_come_before_everything_else():
+    """A penalty moves a token out of the top two; applied after the filters it could not."""
+    logits = torch.tensor([[5.0, 4.0, 3.0, -9.0]]).expand(500, -1)
+    ones = torch.ones(500)
+    counts = torch.tensor([[3, 0, 0, 0]], dtype=torch.int32).expand(500, -1)
+    penalties = Penalties(ones, 0 * ones, ones, torch.zeros(500, 4, dtype=torch.bool), counts)
+    assert set(draw(penalise(logits, penalties), draws(range(500), 0, top_k=2)).tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1.0, 3e38])
+@pytest.mark.parametrize("repetition", [1e-38, 1.0, 3e38])
+@pytest.mark.parametrize(("top_p", "min_p", "top_k"), [(1.0, 0.0, 0), (1e-30, 1.0, 1), (0.5, 1e-30, 1 << 30)])
+def test_settings_at_the_ends_of_their_ranges_draw_valid_tokens(temperature, repetition, top_p, min_p, top_k):
+    torch.manual_seed(5)
+    logits = torch.randn(6, 40) * 10
+    zeros = torch.zeros(6)
+    seen = torch.rand(6, 40) < 0.7
+    penalised = penalise(logits, Penalties(zeros + repetition, zeros, zeros, seen, torch.zeros(6, 40, dtype=torch.int32)))
+    tokens = draw(penalised, draws(range(6), 0, temperature=temperature, top_p=top_p, min_p=min_p, top_k=min(top_k, 40)))
+    assert ((tokens >= 0) & (tokens < 40)).all()
 
 
 def test_positions_of_one_seed_are_independent_draws():

@@ -27,7 +27,7 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture(scope="module")
 def validator(folder: Path, executor: ThreadPoolExecutor) -> Validator:
-    return Validator(load_served_model(folder, "tiny"), executor)
+    return Validator(load_served_model(folder), executor, model_names=("tiny",))
 
 
 async def accept(validator: Validator, request: pb.GenerateRequest) -> ValidRequest:
@@ -55,6 +55,7 @@ BAD = [
     ("messages", chat(("user", "refuse"))),
     ("tools_json", chat(("user", "a"), tools_json="{")),
     ("tools_json", chat(("user", "a"), tools_json="{}")),
+    ("tools_json", chat(("user", "a"), tools_json="[" * 100_000)),
     ("documents_json", chat(("user", "a"), documents_json="1")),
     ("cache_salt", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), cache_salt="x" * 2000)),
     ("max_tokens", sampled(max_tokens=0)),
@@ -117,12 +118,28 @@ async def test_the_edges_are_valid(validator: Validator) -> None:
     assert list((await accept(validator, ids_request([5] * (MAX_MODEL_LEN - 1)))).prompt_token_ids) == [5] * (MAX_MODEL_LEN - 1)
 
 
+async def test_a_temperature_next_to_zero_is_greedy(validator: Validator) -> None:
+    assert (await accept(validator, sampled(temperature=1e-30))).sampling.temperature == 0
+    assert (await accept(validator, sampled(temperature=1e-4))).sampling.temperature == pytest.approx(1e-4)
+
+
 async def test_what_the_replicas_hold_limits_the_context(folder: Path, executor: ThreadPoolExecutor) -> None:
     limits: list[int | None] = [None, 20]
     validator = Validator(load_served_model(folder), executor, lambda: limits[-1])
     assert (await accept(validator, sampled())).stop.max_tokens == 17
     limits.pop()
     assert (await accept(validator, sampled())).stop.max_tokens == MAX_MODEL_LEN - 3
+
+
+async def test_a_model_may_have_several_names(folder: Path, executor: ThreadPoolExecutor) -> None:
+    validator = Validator(load_served_model(folder), executor, model_names=("tiny", "tiny-latest"))
+    request = sampled()
+    for name in ("", "tiny", "tiny-latest"):
+        request.model = name
+        assert (await accept(validator, request)).request_id == "id"
+    request.model = folder.name
+    with pytest.raises(UnknownModel, match=r"^model: .*'tiny', 'tiny-latest'"):
+        await accept(validator, request)
 
 
 async def test_a_model_is_served_by_its_name_or_none(validator: Validator) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from cache_store.errors import MobulaError
 from runtime.engine.frames import RequestOutput
-from runtime.errors import ReplicaLost
-from runtime.routing.output_queue import OutputQueue, Turnstile
+from runtime.errors import Overloaded, ReplicaLost
+from runtime.routing.output_queue import MAX_JOINED_TOKENS, OutputQueue, Turnstile
 
 
 async def take(queue: OutputQueue) -> list[RequestOutput]:
@@ -21,7 +21,7 @@ async def test_a_late_reader_finds_everything_and_then_the_error() -> None:
         queue.put(RequestOutput("x", [token]))
     queue.fail(ReplicaLost("gone"))
     queue.fail(MobulaError("only the first counts"))
-    assert [output.token_ids for output in await take(queue)] == [[0], [1], [2]]
+    assert [output.token_ids for output in await take(queue)] == [[0, 1, 2]]
     with pytest.raises(ReplicaLost, match="gone"):
         await take(queue)
 
@@ -62,6 +62,39 @@ async def test_more_tokens_than_asked_for_fail_the_request() -> None:
     queue.put(RequestOutput("x", [3]))
     assert len(await take(queue)) == 1
     with pytest.raises(MobulaError, match="3 tokens"):
+        await take(queue)
+
+
+async def test_unread_tokens_are_joined_but_nothing_else_is() -> None:
+    queue = OutputQueue(5000)
+    queue.put(RequestOutput("x", [0], cached=[0, 0, 0, 0]))
+    for token in range(1, 1000):
+        queue.put(RequestOutput("x", [token]))
+    queue.put(RequestOutput("x", [1000], [[(1000, -1.0)]]))
+    queue.put(RequestOutput("x", [1001]))
+    queue.put(RequestOutput("x", [1002], finish_reason="length", timings=[0.0, 0.0]))
+    assert queue.num_unread == 1003 + 1
+    outputs = await take(queue)
+    assert [token for output in outputs for token in output.token_ids] == list(range(1003))
+    assert max(len(output.token_ids) for output in outputs) <= MAX_JOINED_TOKENS
+    assert len(outputs) == 1 + 1000 // MAX_JOINED_TOKENS + 3
+    assert (outputs[0].cached, outputs[-3].logprobs, outputs[-1].finish_reason) == ([0, 0, 0, 0], [[(1000, -1.0)]], "length")
+    assert queue.num_unread == 0
+
+
+@pytest.mark.parametrize("size", [1, 22])
+async def test_a_reader_that_falls_too_far_behind_loses_its_request(size: int) -> None:
+    queue = OutputQueue(10_000, max_unread=100)
+    scores = [[(1, -1.0)] * (size - 1)] if size > 1 else None
+    for _ in range(100 // size):
+        assert queue.put(RequestOutput("x", [1], scores))
+    assert await take(queue)
+    for _ in range(100 // size):
+        assert queue.put(RequestOutput("x", [1], scores))
+    assert not queue.put(RequestOutput("x", [1], scores))
+    assert queue.num_unread == 0
+    assert not queue.put(RequestOutput("x", [1], scores))
+    with pytest.raises(Overloaded, match="reads too slowly"):
         await take(queue)
 
 
