@@ -128,6 +128,8 @@ class Wire:
         self._host, _, port = address.rpartition(":")
         self._port = int(port)
         self._is_cut = asyncio.Event()
+        self._writers: list[asyncio.StreamWriter] = []
+        self._copies: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -138,10 +140,8 @@ class Wire:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
-        copies = [asyncio.create_task(self._copy(*pair)) for pair in ((reader, far_writer), (far_reader, writer))]
-        await asyncio.wait(copies)
-        for end in (writer, far_writer):
-            end.close()
+        self._writers += [writer, far_writer]
+        self._copies += [asyncio.create_task(self._copy(*pair)) for pair in ((reader, far_writer), (far_reader, writer))]
 
     async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         while data := await source.read(1 << 16):
@@ -150,6 +150,12 @@ class Wire:
 
     async def stop(self) -> None:
         self._server.close()
+        for copy in self._copies:
+            copy.cancel()
+        await asyncio.gather(*self._copies, return_exceptions=True)
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
 
 
 async def test_a_client_that_vanishes_without_a_word_is_noticed(run_engines: Callable[..., Any]) -> None:
