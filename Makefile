@@ -2,6 +2,7 @@
 # make test    sets up .venv and runs every test that needs no GPU
 # make check   format, lint, types, import arrows, torch-free imports, stub drift
 # make bench   prints the CPU budgets
+# make test-gpu, make bench-gpu    the same on a machine with a CUDA device, with the Python of PYTHON
 
 SHELL := bash
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STUBS := .venv-stubs
 PROTOS := protos/inference.proto protos/cache_store.proto
 
-.PHONY: demo test check bench stubs clean
+.PHONY: demo test check bench test-gpu bench-gpu stubs clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/mobula demo
@@ -31,6 +32,12 @@ check: $(VENV)/.ready $(STUBS)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m tests.bench
+
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu -s
+
+bench-gpu:
+	$(PYTHON) -m tests.bench.gpu_bench $(ARGUMENTS)
 
 stubs: $(STUBS)/.ready
 	$(STUBS)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)

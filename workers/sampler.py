@@ -64,9 +64,20 @@ def draw(logits_SV: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def _draw_piece(logits_SV: torch.Tensor, draws: Draws) -> torch.Tensor:
+    if logits_SV.is_cuda:
+        return _draw_fused(logits_SV, draws)
     kept_SV = keep(logits_SV, draws)
     noise_SV = gumbel(_bits(draws.seeds, draws.positions, kept_SV.shape[1]))
     return torch.where((draws.temperature == 0)[:, None], kept_SV, noise_SV.add_(kept_SV)).argmax(-1)
+
+
+def _draw_fused(logits_SV: torch.Tensor, draws: Draws) -> torch.Tensor:
+    from workers.kernels import sampling
+
+    keys_S2 = noise_keys(draws.seeds, draws.positions)
+    if draws.any_min_p or draws.max_top_k or draws.any_top_p:
+        return sampling.draw(keep(logits_SV, draws), (draws.temperature > 0).float(), keys_S2)
+    return sampling.draw(logits_SV, draws.temperature, keys_S2)
 
 
 def keep(logits_SV: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -102,15 +113,21 @@ def _keep_top_p(scaled_SV: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     return scaled_SV.masked_fill(torch.empty_like(dropped_SV).scatter_(1, order_SV, dropped_SV), float("-inf"))
 
 
-def _bits(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """32 random bits per row and token, int32 [S, V]: tokens hashed under two keys of 32 bits, each a hash of seed and position."""
+def noise_keys(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Two keys of 32 bits per row, int32 [S, 2], each a hash of the row's seed and output position."""
     keys = []
     for salt, words in zip(_KEY_SALTS, (seeds, seeds.flip(1)), strict=True):
         key_S = mix_(words[:, 0] ^ salt)
         key_S = mix_(key_S ^ words[:, 1])
-        keys.append(mix_(key_S ^ positions)[:, None])
+        keys.append(mix_(key_S ^ positions))
+    return torch.stack(keys, dim=1)
+
+
+def _bits(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """32 random bits per row and token, int32 [S, V]: tokens hashed under the row's keys."""
+    keys_S2 = noise_keys(seeds, positions)
     tokens_V = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device)
-    return mix_(mix_(tokens_V ^ keys[0]).bitwise_xor_(keys[1]))
+    return mix_(mix_(tokens_V ^ keys_S2[:, :1]).bitwise_xor_(keys_S2[:, 1:]))
 
 
 def best_logprobs(logits_SV: torch.Tensor, chosen_S: torch.Tensor, num_best: int) -> Callable[[], list[list[tuple[int, float]]]]:

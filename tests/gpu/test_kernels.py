@@ -143,3 +143,18 @@ def test_experts(dtype, num_tokens):
         gate, up = (x[token].float() @ gate_up[expert].float().T).chunk(2, dim=1)
         expected.index_add_(0, token, weights[token, rank][:, None] * ((F.silu(gate) * up) @ down[expert].float().T))
     near(out, expected, scale=3.0 if dtype is torch.float32 else 1.0)  # tensor cores multiply float32 as tf32
+
+
+def test_draws_are_those_of_the_cpu():
+    from workers.sampler import Draws, draw
+
+    logits, positions = torch.randn(64, 50_000) * 3, torch.arange(64, dtype=torch.int32)
+    seeds = torch.randint(-(2**31), 2**31 - 1, (64, 2), dtype=torch.int32)
+    temperature = torch.rand(64) * 2
+    temperature[::7] = 0.0
+    plain = Draws(temperature, torch.zeros(64), torch.ones(64), torch.zeros(64, dtype=torch.int64), seeds, positions, 0, False, False)
+    filtered = plain._replace(top_k=torch.full((64,), 40), max_top_k=40, top_p=torch.full((64,), 0.9), any_top_p=True)
+    for draws in (plain, filtered):
+        on_device = Draws(*(value.cuda() if isinstance(value, torch.Tensor) else value for value in draws))
+        same = draw(logits.cuda(), on_device).cpu() == draw(logits, draws)
+        assert same.float().mean() > 0.98  # a logarithm may round otherwise, and decide between two tokens
