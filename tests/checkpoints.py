@@ -62,7 +62,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 8, "head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     ),
     # 12 query heads of 8, groups of 4: two or four ranks cut them
-    "llama-cut-groups": ("Llama", {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 90}),
+    "llama-cut-groups": (
+        "Llama",
+        {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 90},
+    ),
     "mistral": ("Mistral", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 24}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen2-window": (
@@ -71,7 +74,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek-v2-lite": (
         "DeepseekV2",
-        {**_LATENT, "q_lora_rank": None, "topk_method": "greedy", "qk_rope_head_dim": 6, "moe_intermediate_size": 30, "routed_scaling_factor": 1.0},
+        {
+            **_LATENT,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "qk_rope_head_dim": 6,
+            "moe_intermediate_size": 30,
+            "routed_scaling_factor": 1.0,
+        },
     ),
     "deepseek-v2": (
         "DeepseekV2",

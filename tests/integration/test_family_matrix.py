@@ -14,7 +14,9 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 def test_the_matrix_meets_every_family_with_every_value() -> None:
     seen = {(case.family, value) for case in cases() for value in (case.rope, f"form {case.form}", case.tp, "cold", "pages")}
     seen |= {(case.family, value) for case in cases() if case.store_tp for value in ("store", f"store at {case.store_tp}")}
-    wanted = itertools.product(FAMILIES, [*ROPES, *(f"form {form}" for form in FORMS), *TP_SIZES, *WAYS, *(f"store at {tp}" for tp in TP_SIZES)])
+    wanted = itertools.product(
+        FAMILIES, [*ROPES, *(f"form {form}" for form in FORMS), *TP_SIZES, *WAYS, *(f"store at {tp}" for tp in TP_SIZES)]
+    )
     assert set(wanted) <= seen
     assert any(case.store_tp not in (None, case.tp) for case in cases())  # written at one size, read at another
 
