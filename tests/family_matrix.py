@@ -152,7 +152,7 @@ class FamilyCheckpoints:
         """A case's checkpoint and its oracle."""
         import transformers
 
-        name, settings = FAMILIES[case.family]
+        name = FAMILIES[case.family][0]
         weights = self._weights(case.family)
         config = getattr(transformers, f"{name}Config").from_pretrained(weights)
         config.rope_parameters = self.rope_parameters(case.rope, config)
