@@ -99,8 +99,8 @@ class SlidingDetokenizer:
     """For decoders without a table: the text of a token is what it adds to the text of those just before it."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], with_text: frozenset[int], byte_tokens: frozenset[int]) -> None:
-        """`with_text`: ids that name a token with text. `byte_tokens`: those of them that stand for a byte; a run of these is decoded as one,
-        so nothing of it is known before it ends."""
+        """`with_text`: ids that name a token with text. `byte_tokens`: those of them that stand for a byte; a run of these is decoded as
+        one, so nothing of it is known before it ends."""
         self._decode = decode
         self._with_text = with_text
         self._byte_tokens = byte_tokens
