@@ -1,5 +1,7 @@
 """Shares of dimensions that ranks do not divide, and matrices before and after packing."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -24,7 +26,7 @@ def test_shares_cover_everything_once_and_evenly(total, world_size):
     shares = [placement(rank, world_size).share(total) for rank in range(world_size)]
     assert shares[0].start == 0
     assert shares[-1].stop == total
-    assert all(before.stop == after.start for before, after in zip(shares, shares[1:], strict=False))
+    assert all(before.stop == after.start for before, after in itertools.pairwise(shares))
     sizes = [share.size for share in shares]
     if total % world_size == 0:
         assert set(sizes) == {total // world_size}
