@@ -13,7 +13,7 @@ from workers.layers.packed import can_pack
 from workers.parallel import Communicator
 
 Slices = tuple[slice | int, ...]
-_GRANULES = (64, 16, 8, 1)  # rows: tensor cores want multiples of 8 at the least
+_GRANULES = (64, 16, 8)  # rows: tensor cores want multiples of 8 at the least
 _MIN_GRANULES = 8  # per rank: a coarser cut would leave ranks waiting for the one with most
 
 
@@ -49,9 +49,9 @@ class Placement:
         """This rank's share of a dimension. Where the ranks do not divide it, shares begin at multiples of a granule, so that the matrices
         stay aligned; a dimension smaller than the group leaves some ranks with nothing."""
         world_size, rank = self.comm.world_size, self.comm.rank
-        granule = (
-            1 if total % world_size == 0 else next(size for size in _GRANULES if total >= size * _MIN_GRANULES * world_size or size == 1)
-        )
+        granule = 1
+        if total % world_size:
+            granule = next((size for size in _GRANULES if total >= size * _MIN_GRANULES * world_size), 1)
         num_granules = -(-total // granule)
         start, stop = (min(total, granule * (num_granules * each // world_size)) for each in (rank, rank + 1))
         return Share(total, start, stop)
