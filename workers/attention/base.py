@@ -116,19 +116,28 @@ class AttentionBackend(abc.ABC):
 
 
 def make_backend(name: str, shape: AttentionShape, pool: PagePool) -> AttentionBackend:
-    """The backend of that name, or the device's default for "auto". UnsupportedConfig for a name that is not in the table, and for a
-    shape that the backend cannot attend with."""
-    if name == "auto":
-        name = DEFAULT_BACKEND[pool.tensor.device.type]
-    if name not in BACKENDS:
-        raise UnsupportedConfig(f"attention backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
+    """The backend of that name. "auto": the device's default, or torch_paged where that cannot attend with this shape. UnsupportedConfig for
+    a name that is not in the table, and for a named backend that cannot."""
+    chosen = DEFAULT_BACKEND[pool.tensor.device.type] if name == "auto" else name
+    if chosen not in BACKENDS:
+        raise UnsupportedConfig(f"attention backend {chosen!r} is unknown; known: {', '.join(BACKENDS)}")
+    cls = _backend_class(chosen)
+    reason = _why_not(cls, shape)
+    if reason and name != "auto":
+        raise UnsupportedConfig(f"attention backend {name} {reason}; choose torch_paged")
+    return (_backend_class("torch_paged") if reason else cls)(shape, pool)
+
+
+def _backend_class(name: str) -> type[AttentionBackend]:
     module, _, attribute = BACKENDS[name].partition(":")
     cls: type[AttentionBackend] = getattr(importlib.import_module(module), attribute)
+    return cls
+
+
+def _why_not(cls: type[AttentionBackend], shape: AttentionShape) -> str:
+    """Empty where the backend can attend with this shape."""
     if shape.window is not None and not cls.has_window:
-        raise UnsupportedConfig(f"attention backend {name} has no sliding window; choose torch_paged")
+        return "has no sliding window"
     if not shape.has_equal_groups and not cls.has_unequal_groups:
-        raise UnsupportedConfig(
-            f"attention backend {name} wants a tensor parallel size that divides num_key_value_heads or is a multiple of it; "
-            "choose torch_paged"
-        )
-    return cls(shape, pool)
+        return "wants a tensor parallel size that divides num_key_value_heads or is a multiple of it"
+    return ""
