@@ -188,6 +188,14 @@ def status(
 
 
 @app.command()
+def models(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Lists the model families that can be served, and what of their settings is refused."""
+    from runtime.commands.models import models as run
+
+    run(as_json=as_json, console=Console())
+
+
+@app.command()
 def demo(
     context: typer.Context,
     replicas: Replicas = 2,

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from workers.config import WorkerConfig
+from workers.layers.parameter import Placement
+from workers.models import MODELS
+from workers.models.config import load_model_config
+from workers.models.decoder import DecoderModel
 from workers.parallel import Communicator
 from workers.runner import Runner
 from workers.step import NewRow, RowResult, SamplingSettings, StepPlan, StepRow
+from workers.weights import wanted_parts
 
 GREEDY = SamplingSettings(temperature=0.0)
 
@@ -20,6 +27,25 @@ def make_runner(folder: Path, comm: Communicator | None = None, **settings: Any)
     """A runner with small pages and little memory."""
     config = WorkerConfig(str(folder), **{"block_size": 16, "kv_memory_bytes": 8 << 20, "max_num_seqs": 16, **settings})
     return Runner(config, comm or Communicator.single("cpu"), lambda phase, done, total: None)
+
+
+def build_rank(folder: Path, rank: int, world_size: int) -> DecoderModel:
+    """A rank's model by itself, without weights: building and loading need no other rank."""
+    cpu = torch.device("cpu")
+    placement = Placement(Communicator(rank, world_size, cpu, None), torch.float32, cpu)
+    config = load_model_config(folder)
+    module, family = MODELS[config.architecture].implementation.split(":")
+    return getattr(importlib.import_module(module), family)(config, placement, 64)
+
+
+def gather_tensors(models: Sequence[DecoderModel]) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors put together from the ranks' slices; what no rank has stays NaN."""
+    tensors: dict[str, torch.Tensor] = {}
+    for model in models:
+        for name, part, parameter in wanted_parts(model):
+            whole = tensors.setdefault(name, torch.full(part.shape, float("nan")))
+            whole[part.source] = parameter.data[part.target].float()
+    return tensors
 
 
 class Driver:

@@ -144,6 +144,7 @@ class _Chunk(NamedTuple):
     def num_bytes(self) -> int:
         return len(self.target) * self.stored.row_bytes
 
+    @torch.inference_mode()  # a thread's own: whoever builds a model inside it gets tensors that only it may write
     def fill(self, buffer: torch.Tensor) -> int:
         """Reads through `buffer` [num_bytes], converting to the target's dtype; float8 blocks are scaled. Returns the bytes filled."""
         self.file.read_rows(self.stored, self.first, memoryview(buffer.numpy()))

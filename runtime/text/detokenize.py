@@ -4,7 +4,8 @@ The decoder named in tokenizer.json decides how:
 - byte level (Llama 3, Qwen, DeepSeek): a token is bytes, and the output is their UTF-8. A character cut between tokens is held back.
 - byte fallback (Llama 2, Mistral): a token is text, or one byte of a character that the vocabulary lacks. A run of byte tokens is one
   string if all of it is valid UTF-8 and replacement characters otherwise, so a run is held back until it ends.
-- any other: the last tokens are decoded again with each new one. Holds back a text that ends in a replacement character.
+- any other: the last tokens are decoded again with each new one. Holds back a text that ends in a replacement character, and runs of
+  byte tokens where the decoder has byte fallback in another place than usual.
 
 Special tokens give no text.
 """
@@ -97,19 +98,25 @@ class ByteFallbackDetokenizer:
 class SlidingDetokenizer:
     """For decoders without a table: the text of a token is what it adds to the text of those just before it."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], with_text: frozenset[int], byte_tokens: frozenset[int]) -> None:
+        """`with_text`: ids that name a token with text. `byte_tokens`: those of them that stand for a byte; a run of these is decoded as
+        one, so nothing of it is known before it ends."""
         self._decode = decode
+        self._with_text = with_text
+        self._byte_tokens = byte_tokens
         self._window: list[int] = []  # tokens shown so far that the next ones may depend on, then those not shown
         self._num_shown = 0
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        self._window.extend(token_ids)
+        self._window.extend(token_id for token_id in token_ids if token_id in self._with_text)
         return self._advance(final=False)
 
     def finish(self) -> str:
         return self._advance(final=True)
 
     def _advance(self, *, final: bool) -> str:
+        if not self._window or (self._window[-1] in self._byte_tokens and not final):
+            return ""
         shown = self._decode(self._window[: self._num_shown])
         text = self._decode(self._window)
         num_new = len(self._window) - self._num_shown
@@ -132,7 +139,15 @@ def detokenizer_factory(backend: tokenizers.Tokenizer) -> Callable[[], Detokeniz
     fallback = _byte_fallback(backend, steps)
     if fallback is not None:
         return fallback
-    return partial(SlidingDetokenizer, lambda token_ids: str(backend.decode(list(token_ids), skip_special_tokens=True)))
+    pieces = _byte_fallback_table(backend, [])
+    with_text = frozenset(token_id for token_id, piece in enumerate(pieces) if piece != "")
+    byte_tokens = frozenset(token_id for token_id in with_text if "ByteFallback" in kinds and isinstance(pieces[token_id], int))
+    return partial(SlidingDetokenizer, partial(_decode, backend), with_text, byte_tokens)
+
+
+def _decode(backend: tokenizers.Tokenizer, token_ids: Sequence[int]) -> str:
+    """Some of the library's decoders panic when there is nothing to decode."""
+    return str(backend.decode(list(token_ids), skip_special_tokens=True)) if token_ids else ""
 
 
 def _byte_fallback(backend: tokenizers.Tokenizer, steps: Sequence[dict[str, Any]]) -> Callable[[], Detokenizer] | None:

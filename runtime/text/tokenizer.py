@@ -139,8 +139,19 @@ def _special_tokens_to_cut_at(backend: tokenizers.Tokenizer) -> tuple[frozenset[
     cuts = frozenset(token.content for token in added if token.special and not (token.lstrip or token.rstrip))
     if any(token.single_word for token in added):
         cuts = frozenset()  # whether such a token matches depends on its neighbours
-    longest_first = sorted((token.content for token in added), key=len, reverse=True)
-    return cuts, re.compile("|".join(map(re.escape, longest_first)))
+    return cuts, re.compile(_any_of({token.content for token in added}))
+
+
+def _any_of(strings: set[str]) -> str:
+    """A pattern that matches the longest of `strings`. Common beginnings are written once: a plain alternation of the thousand tokens of
+    some vocabularies would try each of them at every "<" of a text, and nothing else runs meanwhile."""
+    by_first: dict[str, set[str]] = {}
+    for string in strings - {""}:
+        by_first.setdefault(string[0], set()).add(string[1:])
+    branches = [re.escape(first) + _any_of(rests) for first, rests in sorted(by_first.items())]
+    if not branches:
+        return ""
+    return f"(?:{'|'.join(branches)}){'?' if '' in strings else ''}"
 
 
 def _probe_added_ids(backend: tokenizers.Tokenizer) -> tuple[Sequence[int], Sequence[int]] | None:

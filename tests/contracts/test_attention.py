@@ -160,10 +160,19 @@ def test_a_backend_that_cannot_is_named(monkeypatch):
     monkeypatch.setattr("workers.attention.torch_paged.TorchPagedAttention.has_window", False)
     monkeypatch.setattr("workers.attention.torch_paged.TorchPagedAttention.has_unequal_groups", False)
     pool = make_pair("reference", AttentionShape(1, 1, 8, 1.0), (1, 1, 2, 4, 8), 4)[0].pool
+    windowed, unequal = AttentionShape(1, 1, 8, 1.0, window=3), AttentionShape(3, 2, 8, 1.0, group_size=4, first_query=2)
     with pytest.raises(UnsupportedConfig, match="torch_paged has no sliding window"):
-        make_backend("torch_paged", AttentionShape(1, 1, 8, 1.0, window=3), pool)
+        make_backend("torch_paged", windowed, pool)
     with pytest.raises(UnsupportedConfig, match="num_key_value_heads"):
-        make_backend("torch_paged", AttentionShape(3, 2, 8, 1.0, group_size=4, first_query=2), pool)
+        make_backend("torch_paged", unequal, pool)
+
+
+def test_where_the_default_cannot_torch_paged_stands_in(monkeypatch):
+    monkeypatch.setattr("workers.attention.base.DEFAULT_BACKENDS", {"cpu": ["reference", "torch_paged"]})
+    monkeypatch.setattr("workers.attention.reference.ReferenceAttention.has_window", False)
+    pool = make_pair("reference", AttentionShape(1, 1, 8, 1.0), (1, 1, 2, 4, 8), 4)[0].pool
+    assert type(make_backend("auto", AttentionShape(1, 1, 8, 1.0), pool)).__name__ == "ReferenceAttention"
+    assert type(make_backend("auto", AttentionShape(1, 1, 8, 1.0, window=3), pool)).__name__ == "TorchPagedAttention"
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -6,7 +6,8 @@ import itertools
 from pathlib import Path
 
 import pytest
-from family_matrix import FAMILIES, FORMS, HEADER, ROPES, TP_SIZES, WAYS, Matrix, cases
+from family_cases import FAMILIES, FORMS, ROPES, TP_SIZES, WAYS, cases
+from family_matrix import HEADER, Matrix
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -1,22 +1,17 @@
 """Groups of ranks against one rank: the same tokens, nearly the same scores, the same blocks in the store."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
 from checkpoints import CONFIGS
+from model_driver import build_rank, gather_tensors
 from rank_processes import run_groups, run_scenario
 from safetensors.torch import load_file
 
 from workers.checkpoint import Checkpoint
 from workers.dummy import dummy_weights
-from workers.layers.parameter import Placement
-from workers.models import MODELS
-from workers.models.config import load_model_config
-from workers.models.decoder import DecoderModel
 from workers.parallel import Communicator
-from workers.weights import load_weights, wanted_parts
+from workers.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -45,30 +40,11 @@ def test_ranks_together_do_what_one_does(checkpoints, world_size, names):
             np.testing.assert_allclose(assembled.view("<f4"), whole.view("<f4"), atol=1e-4, rtol=0)
 
 
-def build(folder, rank: int, world_size: int) -> DecoderModel:
-    """A rank's model by itself: building and loading need no other rank."""
-    cpu = torch.device("cpu")
-    placement = Placement(Communicator(rank, world_size, cpu, None), torch.float32, cpu)
-    config = load_model_config(folder)
-    module, family = MODELS[config.architecture].implementation.split(":")
-    return getattr(importlib.import_module(module), family)(config, placement, 64)
-
-
-def gather_tensors(models: list[DecoderModel]) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors put together from the ranks' slices; what no rank has stays NaN."""
-    tensors: dict[str, torch.Tensor] = {}
-    for model in models:
-        for name, part, parameter in wanted_parts(model):
-            whole = tensors.setdefault(name, torch.full(part.shape, float("nan")))
-            whole[part.source] = parameter.data[part.target]
-    return tensors
-
-
 @pytest.mark.parametrize("name", ["llama", "llama-tied-bias", "llama-cut-groups", "deepseek", "deepseek-v2-lite"])
 def test_dummy_weights_do_not_depend_on_the_number_of_ranks(checkpoints, name):
     gathered = []
     for world_size in (1, 2, 4):
-        models = [build(checkpoints.folder(name), rank, world_size) for rank in range(world_size)]
+        models = [build_rank(checkpoints.folder(name), rank, world_size) for rank in range(world_size)]
         for model in models:
             dummy_weights(model, 5, lambda phase, done, total: None)
         gathered.append(gather_tensors(models))
@@ -79,7 +55,7 @@ def test_dummy_weights_do_not_depend_on_the_number_of_ranks(checkpoints, name):
         assert torch.equal(whole, gathered[2][tensor])
         if whole.dim() == 2:
             assert whole.std() == pytest.approx(0.02, rel=0.1)
-    other = build(checkpoints.folder(name), 0, 1)
+    other = build_rank(checkpoints.folder(name), 0, 1)
     dummy_weights(other, 6, lambda phase, done, total: None)
     embedding = "model.embed_tokens.weight"
     assert not torch.equal(gather_tensors([other])[embedding], gathered[0][embedding])
@@ -90,7 +66,7 @@ def test_dummy_weights_do_not_depend_on_the_number_of_ranks(checkpoints, name):
 def test_ranks_read_every_tensor_between_them(checkpoints, name, world_size):
     """Against the tensors as transformers reads them."""
     folder = checkpoints.folder(name)
-    models = [build(folder, rank, world_size) for rank in range(world_size)]
+    models = [build_rank(folder, rank, world_size) for rank in range(world_size)]
     with Checkpoint(folder) as checkpoint:
         for model in models:
             load_weights(model, checkpoint, lambda phase, done, total: None)

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from model_driver import make_runner
+from checkpoints import CONFIGS, make_model
+from model_driver import build_rank, gather_tensors, make_runner
 from safetensors.torch import load_file, save_file
 
 from workers.checkpoint import Checkpoint
@@ -144,6 +145,92 @@ def test_float8_blocks_are_scaled(rewrite, world_size):
     assert load_model_config(folder).quantisation == "fp8"
     slices = [loaded(folder, Deepseek, rank=rank, world_size=world_size)[name] for rank in range(world_size)]
     assert torch.equal(torch.cat(slices), expected[name])
+
+
+@pytest.fixture(scope="module")
+def float8(tmp_path_factory):
+    """A DeepSeek-V3 checkpoint as it is published, with sizes that are no multiples of a block; and its values."""
+    sizes = {"hidden_size": 136, "intermediate_size": 300, "moe_intermediate_size": 132, "kv_lora_rank": 130, "q_lora_rank": 24}
+    folder = tmp_path_factory.mktemp("float8")
+    make_model(CONFIGS["deepseek"][0], {**CONFIGS["deepseek"][1], **sizes}).save_pretrained(folder)
+    tensors, expected = load_file(folder / "model.safetensors"), {}
+    for name, value in list(tensors.items()):
+        expected[name] = value
+        if value.dim() == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight")):
+            blocks = [-(-size // 128) for size in value.shape]
+            scales = torch.rand(blocks) + 0.5
+            spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: value.shape[0], : value.shape[1]]
+            tensors[name], tensors[f"{name}_scale_inv"] = (value / spread).to(torch.float8_e4m3fn), scales
+            expected[name] = tensors[name].float() * spread
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, expected
+
+
+@pytest.mark.parametrize(("world_size", "chunk_bytes"), [(1, 3000), (4, 3000), (8, 4 << 20)])
+def test_float8_of_sizes_that_are_no_multiple_of_a_block(float8, world_size, chunk_bytes, monkeypatch):
+    """By row and by column, in chunks that begin and end inside blocks."""
+    monkeypatch.setattr("workers.weights.CHUNK_BYTES", chunk_bytes)
+    folder, expected = float8
+    models = [build_rank(folder, rank, world_size) for rank in range(world_size)]
+    with Checkpoint(folder) as checkpoint:
+        for model in models:
+            check_weights(model, load_model_config(folder), checkpoint)
+            load_weights(model, checkpoint, lambda phase, done, total: None)
+    gathered = gather_tensors(models)
+    assert gathered.keys() == expected.keys()
+    for name, value in gathered.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_float8_without_its_scales_or_its_setting_is_named(float8, tmp_path):
+    folder, _ = float8
+    tensors = load_file(folder / "model.safetensors")
+    gate, up = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    del tensors[f"{gate}_scale_inv"]
+    tensors[f"{up}_scale_inv"] = torch.ones(3, 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises(BadTensor) as caught:
+        loaded(tmp_path, Deepseek)
+    assert f"{gate}_scale_inv is missing" in str(caught.value)
+    assert f"{up}_scale_inv is F32 [3, 1] where F32 [3, 2] is expected" in str(caught.value)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadTensor, match="dtype F8_E4M3, which cannot be loaded"):
+        loaded(tmp_path, Deepseek)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.uint8])
+def test_a_dtype_that_cannot_be_loaded_is_named(rewrite, dtype):
+    def change(tensors):
+        tensors["model.norm.weight"] = torch.ones(64, dtype=dtype)
+
+    with pytest.raises(BadTensor, match=r"model\.norm\.weight has dtype"):
+        loaded(rewrite("llama", change))
+
+
+def test_files_are_judged_before_memory_is_taken(checkpoints, tmp_path):
+    """The config asks for 64 TiB of embeddings: more than there is, so an attempt to allocate would fail in another way."""
+    shutil.copytree(checkpoints.folder("llama"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 1 << 38}))
+    with pytest.raises(BadTensor, match=r"model\.embed_tokens\.weight has shape \[131, 64\]"):
+        make_runner(tmp_path)
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_named(checkpoints, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints.folder("llama"), folder)
+    model = build_rank(folder, 0, 1)
+    with Checkpoint(folder) as checkpoint:
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.truncate(20_000)
+        with pytest.raises(BadTensor, match="shorter"):
+            load_weights(model, checkpoint, lambda phase, done, total: None)
 
 
 def test_dummy_weights_need_no_files_and_have_a_digest(checkpoints, tmp_path):

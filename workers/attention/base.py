@@ -188,11 +188,15 @@ def _make_backend(name: str, shape: AttentionShape, pool: PagePool) -> Attention
         raise UnsupportedConfig(f"attention backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
     module, _, attribute = BACKENDS[name].partition(":")
     cls: type[AttentionBackend] = getattr(importlib.import_module(module), attribute)
-    if shape.window is not None and not cls.has_window:
-        raise UnsupportedConfig(f"attention backend {name} has no sliding window; choose torch_paged")
-    if not shape.has_equal_groups and not cls.has_unequal_groups:
-        raise UnsupportedConfig(
-            f"attention backend {name} wants a tensor parallel size that divides num_key_value_heads or is a multiple of it; "
-            "choose torch_paged"
-        )
+    if reason := _why_not(cls, shape):
+        raise UnsupportedConfig(f"attention backend {name} {reason}; choose torch_paged")
     return cls(shape, pool)
+
+
+def _why_not(cls: type[AttentionBackend], shape: AttentionShape) -> str:
+    """Empty where the backend can attend with this shape."""
+    if shape.window is not None and not cls.has_window:
+        return "has no sliding window"
+    if not shape.has_equal_groups and not cls.has_unequal_groups:
+        return "wants a tensor parallel size that divides num_key_value_heads or is a multiple of it"
+    return ""

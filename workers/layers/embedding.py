@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
 
+from workers.layers.packed import Matrix
 from workers.layers.parameter import Part, Placement
 
 
-class VocabEmbedding(nn.Module):
+class VocabEmbedding(Matrix):
     """Rows of [V, H] by rank, for looking up tokens, scoring them, or both (tied). Each rank looks up the tokens it has and an all-reduce
     adds the others' zeros."""
 
@@ -26,9 +26,14 @@ class VocabEmbedding(nn.Module):
         stop = min(self._start + self._rows, vocab_size)
         columns = slice(0, hidden_size)
         part = Part((vocab_size, hidden_size), (slice(start, stop), columns), (slice(0, stop - start), columns))
-        make = placement.matrix if only_scores else placement.weight
-        self.weight = make((self._rows, hidden_size), [part])
+        self._only_scores = only_scores
+        shape = (self._rows, hidden_size)
+        self.weight = placement.matrix(shape, [part], to_pack=True) if only_scores else placement.weight(shape, [part])
         self.weight.data[stop - start :].zero_()
+
+    def pack(self) -> None:
+        if self._only_scores:  # rows of a packed matrix cannot be looked up
+            super().pack()
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
         if self._comm.world_size == 1:
@@ -40,4 +45,4 @@ class VocabEmbedding(nn.Module):
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Scores of the whole vocabulary [T, V] on every rank: each computes its rows', an all-gather joins them."""
-        return self._comm.all_gather(F.linear(hidden_TH, self.weight))[:, : self.vocab_size]
+        return self._comm.all_gather(self.multiply(hidden_TH))[:, : self.vocab_size]

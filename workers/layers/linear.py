@@ -11,14 +11,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from workers.layers.packed import Matrix
 from workers.layers.parameter import Part, Placement, Share
 
 
-class ColumnLinear(nn.Module):
+class ColumnLinear(Matrix):
     """One or more projections of the same input, kept as one weight [sum of shares, I]. No communication: with whole shares it is a
     replicated layer, with split shares each rank computes its own outputs."""
 
-    def __init__(self, placement: Placement, num_inputs: int, shares: Sequence[Share], *, bias: Sequence[bool] | bool = False) -> None:
+    def __init__(
+        self, placement: Placement, num_inputs: int, shares: Sequence[Share], *, bias: Sequence[bool] | bool = False, plain: bool = False
+    ) -> None:
+        """`plain`: somebody else looks at the weight too, so it is never packed."""
         super().__init__()
         self.sizes = [share.size for share in shares]
         num_outputs = sum(self.sizes)
@@ -31,14 +35,19 @@ class ColumnLinear(nn.Module):
             if biased:
                 bias_parts.append(Part((share.total,), (source,), (target,)))
             start += share.size
-        self.weight = placement.matrix((num_outputs, num_inputs), matrix_parts)
+        self._is_plain = plain
+        self.weight = placement.matrix((num_outputs, num_inputs), matrix_parts, to_pack=not plain)
         self.bias = placement.weight((num_outputs,), bias_parts) if any(has_bias) else None
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_TI, self.weight, self.bias)
+        return self.multiply(x_TI, self.bias)
+
+    def pack(self) -> None:
+        if not self._is_plain:
+            super().pack()
 
 
-class RowLinear(nn.Module):
+class RowLinear(Matrix):
     """A projection whose inputs are split over the ranks; the partial outputs are summed by one all-reduce. The bias is rank 0's alone, so
     that it comes into the sum once."""
 
@@ -46,14 +55,14 @@ class RowLinear(nn.Module):
         super().__init__()
         source = (slice(0, num_outputs), slice(share.start, share.stop))
         target = (slice(0, num_outputs), slice(0, share.size))
-        self.weight = placement.matrix((num_outputs, share.size), [Part((num_outputs, share.total), source, target)])
+        self.weight = placement.matrix((num_outputs, share.size), [Part((num_outputs, share.total), source, target)], to_pack=True)
         self.bias = placement.whole((num_outputs,)) if bias else None  # read by every rank: a checkpoint is checked the same on all
         self._comm = placement.comm
         self._is_first = placement.comm.rank == 0
         self._reduce = reduce  # False: the caller adds other partial sums first and reduces once
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        out_TO = F.linear(x_TI, self.weight, self.bias if self._is_first else None)
+        out_TO = self.multiply(x_TI, self.bias if self._is_first else None)
         return self._comm.all_reduce(out_TO) if self._reduce else out_TO
 
 

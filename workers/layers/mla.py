@@ -42,7 +42,7 @@ class MlaAttention(nn.Module):
             self.q_a_layernorm = RmsNorm(placement, mla.q_lora_rank, _LATENT_NORM_EPS)
             self.q_b_proj = ColumnLinear(placement, mla.q_lora_rank, [queries])
         self.kv_a_layernorm = RmsNorm(placement, mla.kv_lora_rank, _LATENT_NORM_EPS)
-        self.kv_b_proj = ColumnLinear(placement, mla.kv_lora_rank, [ups])
+        self.kv_b_proj = ColumnLinear(placement, mla.kv_lora_rank, [ups], plain=True)  # both forms of attention take it apart
         self.o_proj = RowLinear(placement, values, config.hidden_size, bias=bias)
 
     def prepare(self, x_TH: torch.Tensor, rope: Rope, backend: AttentionBackend) -> torch.Tensor:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from workers.layers.packed import can_pack
 from workers.parallel import Communicator
 
 Slices = tuple[slice | int, ...]
-_GRANULES = (64, 16, 8, 1)  # rows: tensor cores want multiples of 8 at the least
+_GRANULES = (64, 16, 8)  # rows: tensor cores want multiples of 8 at the least
 _MIN_GRANULES = 8  # per rank: a coarser cut would leave ranks waiting for the one with most
 
 
@@ -48,9 +49,9 @@ class Placement:
         """This rank's share of a dimension. Where the ranks do not divide it, shares begin at multiples of a granule, so that the matrices
         stay aligned; a dimension smaller than the group leaves some ranks with nothing."""
         world_size, rank = self.comm.world_size, self.comm.rank
-        granule = (
-            1 if total % world_size == 0 else next(size for size in _GRANULES if total >= size * _MIN_GRANULES * world_size or size == 1)
-        )
+        granule = 1
+        if total % world_size:
+            granule = next((size for size in _GRANULES if total >= size * _MIN_GRANULES * world_size), 1)
         num_granules = -(-total // granule)
         start, stop = (min(total, granule * (num_granules * each // world_size)) for each in (rank, rank + 1))
         return Share(total, start, stop)
@@ -61,10 +62,10 @@ class Placement:
         parameter.parts = tuple(parts)  # type: ignore[attr-defined]
         return parameter
 
-    def matrix(self, shape: Sequence[int], parts: Sequence[Part]) -> nn.Parameter:
+    def matrix(self, shape: Sequence[int], parts: Sequence[Part], *, to_pack: bool = False) -> nn.Parameter:
         """A weight [..., O, I] that activations are multiplied by. On the CPU its memory runs along O: MKL is then a quarter faster on the
-        few rows of a decode step."""
-        if self.device.type != "cpu":
+        few rows of a decode step. `to_pack`: `packed.Matrix` will rearrange it where it can, and wants it as it is stored."""
+        if self.device.type != "cpu" or (to_pack and can_pack(self.dtype)):
             return self.weight(shape, parts)
         *rest, num_outputs, num_inputs = shape
         parameter = self.weight((*rest, num_inputs, num_outputs), parts)

@@ -12,6 +12,7 @@ from workers.checkpoint import Checkpoint
 from workers.config import WorkerConfig
 from workers.dummy import dummy_weights
 from workers.errors import NotEnoughMemory, UnsupportedConfig
+from workers.layers.packed import pack_matrices
 from workers.layers.parameter import Placement
 from workers.models import MODELS
 from workers.models.config import ModelConfig
@@ -37,6 +38,7 @@ def build_model(
             load_weights(model, checkpoint, progress)
     else:
         raise UnsupportedConfig(f"--load-format {config.load_format!r} is unknown; known: safetensors, dummy")
+    pack_matrices(model)
     return model.eval()
 
 

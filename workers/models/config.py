@@ -21,6 +21,7 @@ __all__ = ["MlaConfig", "ModelConfig", "MoeConfig", "RopeConfig", "check_tensor_
 
 ACTIVATIONS = ("silu", "swish")
 FP8_BLOCK = 128  # rows and columns that share a scale
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # of layer_types
 _DEFAULT_WINDOW = 4096  # transformers' for a config without the key; null means none
 
 
@@ -179,26 +180,32 @@ def _read_mla(fields: Fields, family: Family) -> MlaConfig:
 
 def _read_window(fields: Fields, family: Family, num_layers: int) -> int | None:
     """The window of all layers. UnsupportedConfig for one that only some layers have."""
-    kinds = fields.raw.get("layer_types")
-    if kinds is not None and not isinstance(kinds, list):
-        raise fields.wrong("layer_types", "a list")
-    named = {str(kind) for kind in (kinds or [])[:num_layers]}
-    if unknown := sorted(named - {"full_attention", "sliding_attention"}):
-        raise fields.unsupported("layer_types", f"layers of kind {unknown} are not built")
+    named = _layer_kinds(fields, num_layers)
+    window, wanted = None, {_FULL}
     if family.window == "every layer":
-        window = fields.integer("sliding_window", _DEFAULT_WINDOW) if fields.raw.get("sliding_window", 0) is not None else None
-        wanted = {"sliding_attention" if window else "full_attention"}
-    elif fields.flag("use_sliding_window") and (window := fields.raw.get("sliding_window", _DEFAULT_WINDOW)):
+        is_null = "sliding_window" in fields.raw and not fields.has("sliding_window")
+        window = None if is_null else fields.integer("sliding_window", _DEFAULT_WINDOW)
+        wanted = {_SLIDING if window else _FULL}
+    elif fields.flag("use_sliding_window") and fields.raw.get("sliding_window", _DEFAULT_WINDOW) is not None:
         if not family.window:
             raise fields.unsupported("use_sliding_window", f"{family.title} has no sliding window")
         window = fields.integer("sliding_window", _DEFAULT_WINDOW)
         first = fields.integer("max_window_layers", 28, minimum=0)
-        wanted = named or {"sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)}
-    else:
-        window, wanted = None, {"full_attention"}
+        wanted = named or {_SLIDING if layer >= first else _FULL for layer in range(num_layers)}
     if len(wanted) > 1 or (named and named != wanted):
         raise fields.unsupported("layer_types", f"layers of kind {sorted(named | wanted)} in one model are not built, only all of one kind")
-    return window if "sliding_attention" in wanted else None
+    return window if _SLIDING in wanted else None
+
+
+def _layer_kinds(fields: Fields, num_layers: int) -> set[str]:
+    """What `layer_types` names; empty where there is none."""
+    kinds = fields.raw.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise fields.wrong("layer_types", "a list")
+    named = {str(kind) for kind in kinds[:num_layers]}
+    if unknown := sorted(named - {_FULL, _SLIDING}):
+        raise fields.unsupported("layer_types", f"layers of kind {unknown} are not built")
+    return named
 
 
 def _dtype(fields: Fields) -> str:

@@ -35,17 +35,20 @@ last {{ message.content | trim }}{{ eos_token }}
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "<f>", "description": "naïve & co"}}]
 
 
+DOCUMENTS: list[Any] = [{"title": "a <title>", "text": "naïve"}]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("tools", [None, TOOLS])
-def test_renders_as_transformers_does(tmp_path: Path, name: str, tools: list[Any] | None) -> None:
+@pytest.mark.parametrize(("tools", "documents"), [(None, None), (TOOLS, None), (None, DOCUMENTS), (TOOLS, DOCUMENTS)])
+def test_renders_as_transformers_does(tmp_path: Path, name: str, tools: list[Any] | None, documents: list[Any] | None) -> None:
     folder = write_model(tmp_path)
     (folder / "chat_template.jinja").write_text(TEMPLATES[name])
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     theirs = PreTrainedTokenizerFast.from_pretrained(str(folder))
     ours = load_chat_template(folder)
     assert ours is not None
-    wanted = theirs.apply_chat_template(MESSAGES, tools=tools, add_generation_prompt=True, tokenize=False)
-    assert ours.render(MESSAGES, tools) == wanted
+    wanted = theirs.apply_chat_template(MESSAGES, tools=tools, documents=documents, add_generation_prompt=True, tokenize=False)
+    assert ours.render(MESSAGES, tools, documents) == wanted
     assert wanted
 
 

@@ -45,6 +45,10 @@ KINDS: dict[str, tuple[Callable[[], Tokenizer], type]] = {
         ByteFallbackDetokenizer,
     ),
     "metaspace": (metaspace, SlidingDetokenizer),
+    "byte_fallback in another order": (
+        lambda: byte_fallback(decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " ")])),
+        SlidingDetokenizer,
+    ),
 }
 
 
@@ -71,7 +75,7 @@ def test_pieces_of_random_ids_equal_decoding_the_whole(kind: str) -> None:
         assert "".join(in_pieces(new_detokenizer(), ids, draw)) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "byte_fallback in another order"])
 def test_valid_text_never_shows_a_broken_character(kind: str) -> None:
     tokenizer = KINDS[kind][0]()
     new_detokenizer = detokenizer_factory(tokenizer)

