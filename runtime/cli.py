@@ -44,7 +44,7 @@ StoreMemory = Annotated[MaybeStr, typer.Option("--store-memory", help="Cache sto
 Dtype = Annotated[MaybeStr, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 LoadFormat = Annotated[MaybeStr, typer.Option("--load-format", help="auto, safetensors or dummy (made-up weights).")]
 Device = Annotated[MaybeStr, typer.Option("--device", help="auto, cpu or cuda.")]
-AttentionBackend = Annotated[MaybeStr, typer.Option("--attention-backend", help="auto, torch_paged or reference.")]
+AttentionBackend = Annotated[MaybeStr, typer.Option("--attention-backend", help="auto, flashinfer, torch_paged or reference.")]
 BlockSize = Annotated[MaybeInt, typer.Option("--block-size", help="Tokens per block: 16 for GQA, 64 for MLA unless given.")]
 MaxModelLen = Annotated[MaybeInt, typer.Option("--max-model-len", help="Longest prompt plus output.")]
 MaxNumSeqs = Annotated[MaybeInt, typer.Option("--max-num-seqs", help="Most requests in one batch.")]
@@ -193,6 +193,23 @@ def models(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     from runtime.commands.models import models as run
 
     run(as_json=as_json, console=Console())
+
+
+@app.command()
+def warmup(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder with config.json.")],
+    dtype: Dtype = None,
+    attention_backend: AttentionBackend = None,
+    block_size: BlockSize = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    config: Config = None,
+) -> None:
+    """Builds ahead the kernels that serving a model on this machine's GPU needs."""
+    from runtime.commands.warmup import warmup as run
+
+    run(_settings(context, config), _console())
 
 
 @app.command()

@@ -70,6 +70,7 @@ class Runner:
         num_pages = self.pool.num_pages
         shape = attention_shape(model_config, self.layout, comm.world_size)
         self._backend = make_backend(config.attention_backend, shape, self.pool)
+        self._backend.build(progress)
         self._batch = Batch(config.max_num_seqs, self.max_model_len, self.layout.block_size, model_config.vocab_size, device)
         self._graphs: DecodeGraphs | None = None
         self._pieces: PieceGraphs | None = None

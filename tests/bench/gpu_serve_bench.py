@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -85,7 +86,7 @@ async def measure(address: str, vocab_size: int) -> dict[str, float]:
         results = [await together(count, NEW_TOKENS) for _ in range(repeats)]
         runs = [run for _, each in results for run in each]
         ttfts = sorted((run[1] - run[0]) * 1e3 for run in runs)
-        gaps = sorted((b - a) * 1e3 for run in runs for a, b in zip(run[1:], run[2:], strict=False))
+        gaps = sorted((b - a) * 1e3 for run in runs for a, b in itertools.pairwise(run[1:]))
         figures |= {
             f"serve_{count}_ttft_p50_ms": ttfts[len(ttfts) // 2],
             f"serve_{count}_ttft_p99_ms": ttfts[int(len(ttfts) * 0.99)],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from workers.layers.rotary import rotate_, rotate_pairs
 
 log = logging.getLogger(__name__)
 
+Progress = Callable[[str, int, int], None]  # (phase, done, in all)
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin of a step's tokens, [T, 1, D / 2] each
 
 BACKENDS: dict[str, str] = {
@@ -99,6 +100,9 @@ class AttentionBackend(abc.ABC):
     def __init__(self, shape: AttentionShape, pool: PagePool) -> None:
         self.shape = shape
         self.pool = pool
+
+    def build(self, progress: Progress) -> None:  # noqa: B027 - most have nothing to build
+        """Compiles what is compiled on first use, so that no step waits for it."""
 
     @abc.abstractmethod
     def begin(self, batch: AttentionBatch) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from workers.attention.base import AttentionBackend, AttentionBatch, AttentionShape, Rope
+from workers.attention.base import AttentionBackend, AttentionBatch, AttentionShape, Progress, Rope
 from workers.errors import UnsupportedConfig
 from workers.kv.pool import PagePool
 
@@ -73,7 +73,6 @@ class FlashInferAttention(AttentionBackend):
         self._planned_rows: range | None = None  # of `_absorbed`
         self._graphs: dict[int, _Planned] = {}  # decode wrappers by captured batch size
         self._active: _Planned | None = None  # the captured one of this step; None: eager
-        self._build()
 
     def _check(self) -> None:
         shape, tensor = self.shape, self.pool.tensor
@@ -98,13 +97,13 @@ class FlashInferAttention(AttentionBackend):
             return [(tensor[:, layer, :, :latent_dim], tensor[:, layer, :, latent_dim:]) for layer in range(tensor.shape[1])]
         return [(tensor[:, :, layer, 0], tensor[:, :, layer, 1]) for layer in range(tensor.shape[2])]
 
-    def _build(self) -> None:
+    def build(self, progress: Progress) -> None:
         """Has FlashInfer build, side by side, the kernels that it lacks: minutes the first time, nothing once they are in its cache.
 
         A wrapper builds its kernel when it is first planned, so each is planned for one token on the null page.
         """
         device = self.pool.tensor.device
-        one = AttentionBatch(
+        self.batch = AttentionBatch(
             num_decode_rows=1,
             query_starts=[0, 1],
             seq_lens=[1],
@@ -115,15 +114,16 @@ class FlashInferAttention(AttentionBackend):
             kv_pages=torch.zeros(1, dtype=torch.int32, device=device),
             kv_starts=np.array([0, 1], np.int32),
         )
-        self.batch = one
         if self._absorbed is not None:
             plans = [partial(self._plan_mla, self._absorbed, range(1)), partial(self._plan_ranges, range(1), *_PROJECTED_DIMS)]
         else:
             assert self._prefill
             plans = [partial(self._plan_decode, self._decode, range(1)), partial(self._plan_prefill, self._prefill, range(1))]
+        progress("kernels", 0, len(plans))
         with ThreadPoolExecutor(len(plans), initializer=torch.cuda.set_device, initargs=(device,)) as executor:
-            for built in [executor.submit(plan) for plan in plans]:
+            for number, built in enumerate([executor.submit(plan) for plan in plans], start=1):
                 built.result()
+                progress("kernels", number, len(plans))
 
     # Wrappers
 
