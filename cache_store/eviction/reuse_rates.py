@@ -7,8 +7,8 @@ reuse (the hazard, uses per block and access). From it follows the worth of a bl
     worth(age) = max over horizons t of  E[uses within t] / E[time kept within t]
 
 the most uses that a slot can earn per unit of time by keeping the block until its next use or until t, whichever comes first. That is the
-hit density of N. Beckmann, H. Chen, A. Cidon: LHD: improving cache hit rate by maximizing hit density, NSDI 2018, with the horizon chosen as
-in J. Gittins' index for optimal stopping (1979). If all classes are alike and reuse becomes rarer with age, the order is that of LRU.
+hit density of N. Beckmann, H. Chen, A. Cidon: LHD: improving cache hit rate by maximizing hit density, NSDI 2018, with the horizon chosen
+as in J. Gittins' index for optimal stopping (1979). If all classes are alike and reuse becomes rarer with age, the order is that of LRU.
 """
 
 from __future__ import annotations

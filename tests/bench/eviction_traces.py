@@ -26,7 +26,8 @@ def _scans(rng: random.Random, num_requests: int) -> Requests:
     requests: Requests = []
     for number in range(num_requests):
         if rng.random() < 0.4:
-            requests.append([("hot", min(int(rng.expovariate(1 / 60)), 400), i) for i in range(8)])
+            document = min(int(rng.expovariate(1 / 60)), 400)
+            requests.append([("hot", document, i) for i in range(8)])
         else:
             requests.append([("scan", number, i) for i in range(rng.randint(5, 20))])
     return requests
@@ -53,17 +54,16 @@ def _phases(rng: random.Random, num_requests: int) -> Requests:
     requests: Requests = []
     for number in range(num_requests):
         phase = number // 800
-        if phase % 2 == 0:
-            document = (phase, min(int(rng.expovariate(1 / 80)), 500))
-        else:
-            document = (1, int(number / 4 - rng.expovariate(1 / 40)))
+        popular, recent = min(int(rng.expovariate(1 / 80)), 500), int(number / 4 - rng.expovariate(1 / 40))
+        document = (phase, popular) if phase % 2 == 0 else (1, recent)
         requests.append([(document, i) for i in range(6)])
     return requests
 
 
 def _loop(rng: random.Random, num_requests: int) -> Requests:
     """A working set in turn, larger than a small cache, and now and then something else."""
-    return [[("loop", number % 300 if rng.random() < 0.8 else -number, i) for i in range(5)] for number in range(num_requests)]
+    documents = (number % 300 if rng.random() < 0.8 else -number for number in range(num_requests))
+    return [[(document, i) for i in range(5)] for document in documents]
 
 
 def _system_prompts(rng: random.Random, num_requests: int) -> Requests:
@@ -84,7 +84,8 @@ def _tree(rng: random.Random, num_requests: int) -> Requests:
 
 def _recent(rng: random.Random, num_requests: int) -> Requests:
     """Documents in a window that moves on: only recency tells."""
-    return [[(int(number / 3 - rng.expovariate(1 / 25)), i) for i in range(7)] for number in range(num_requests)]
+    documents = (int(number / 3 - rng.expovariate(1 / 25)) for number in range(num_requests))
+    return [[(document, i) for i in range(7)] for document in documents]
 
 
 def _bursts(rng: random.Random, num_requests: int) -> Requests:
