@@ -47,6 +47,7 @@ class Shape:
     arrivals: float = 0.3
     lateness: float = 0.5
     prefix_caching: bool = True
+    elsewhere: float = 0.0
 
 
 @dataclass
@@ -98,7 +99,9 @@ class Run:
         self.clock = Clock()
         info = make_info(shape.num_pages, shape.block_size, shape.max_model_len)
         self.group = SimulatedGroup(info, rng, self.clock, copy_failures=shape.copy_failures, lateness=shape.lateness)
-        self.store = SimulatedStore(rng, shape.num_slots, set(), refusals=shape.refusals) if shape.with_store else None
+        self.store = (
+            SimulatedStore(rng, shape.num_slots, set(), refusals=shape.refusals, elsewhere=shape.elsewhere) if shape.with_store else None
+        )
         if self.store:
             self.store.group = self.group
         config = EngineConfig(
@@ -114,6 +117,8 @@ class Run:
             offer_batch_blocks=4,
             offer_retry_s=0.01,
             prefix_caching=shape.prefix_caching,
+            single_flight_timeout_s=rng.choice((0.005, 0.5)),
+            single_flight_poll_s=0.002,
         )
         self.requests: dict[RequestKey, EngineRequest] = {}
         self.told: dict[RequestKey, Told] = {}
@@ -223,6 +228,7 @@ class Run:
         assert self.is_settled(), stats
         assert self.engine.check() == []
         assert self.engine.blocks.num_used == 0
+        assert self.engine.loads.claims.num_blocks == 0
         assert stats.num_running == stats.num_waiting == 0
         assert self.engine.load == Load(0, 0, 0)
         if self.store:
@@ -264,6 +270,9 @@ SHAPES = {
     "small store": Shape(num_slots=20, refusals=0.3),
     "failing copies": Shape(copy_failures=0.5),
     "restarting store": Shape(restarts=0.01, copy_failures=0.1, arrivals=0.1),
+    "another replica": Shape(elsewhere=0.5, num_slots=40, num_pages=24),
+    "another replica, aborts": Shape(elsewhere=0.5, aborts=0.2, num_slots=30, num_pages=24),
+    "another replica, restarts": Shape(elsewhere=0.5, restarts=0.01, copy_failures=0.1, arrivals=0.1),
     "restarts and few pages": Shape(restarts=0.01, num_pages=20, arrivals=0.1, aborts=0.03),
     "aborts": Shape(aborts=0.2, num_pages=24),
     "late results": Shape(lateness=0.9, num_pages=24),
@@ -276,16 +285,19 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_request_gets_its_own_tokens(name: str) -> None:
-    preemptions = hits = loads = 0
+    preemptions = hits = loads = delivered = 0
     for seed in range(NUM_SEEDS):
         run = Run(seed, SHAPES[name])
         run.run()
         preemptions += run.engine.stats().num_preemptions
+        delivered += run.store.num_delivered if run.store else 0
         hits += sum(sum(told.cached or ()) for told in run.told.values())
         loads += sum((told.cached or [0, 0])[1] for told in run.told.values())
     shape = SHAPES[name]
     assert (hits > 0) == shape.prefix_caching
     if shape.num_pages == 18:
         assert preemptions > 0, "the shape is there to preempt"
+    if shape.elsewhere:
+        assert delivered > 0, "the shape is there to wait for another replica"
     if shape.with_store and shape.prefix_caching and name != "failing copies":
         assert loads > 0, "the shape is there to load"
