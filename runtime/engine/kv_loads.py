@@ -85,12 +85,14 @@ class _Job:
 class KvLoads:
     """Owned by the engine's thread, which passes on arrivals, answers and copy results."""
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager, port: StorePort, copy_ids: Iterator[int]) -> None:
+    def __init__(self, config: EngineConfig, blocks: BlockManager, port: StorePort, copy_ids: Iterator[int], block_bytes: int) -> None:
+        """`block_bytes` of one stored block."""
         self.leases = Leases(port)
         self.claims = FlightClaims(port)
         self.num_awaited = 0  # blocks that came from the store because a request waited for another replica
         self.num_failed = 0  # copies that did not deliver
         self._config, self._blocks, self._port, self._copy_ids = config, blocks, port, copy_ids
+        self._block_bytes = block_bytes
         self._waits: dict[LiveRequest, _Wait] = {}
         self._lookups: dict[int, _Wait] = {}
         self._claimings: dict[int, _Wait] = {}
@@ -114,7 +116,10 @@ class KvLoads:
 
     def arrived(self, request: LiveRequest) -> None:
         """The prefix is to be looked up, unless the replica's own pages hold all of it."""
-        if self._port.state is not StoreState.READY or not self._config.prefix_caching:
+        if self._port.state is StoreState.NONE or not self._config.prefix_caching:
+            return
+        if self._port.state is not StoreState.READY:
+            request.store_failed = True
             return
         keys = self._reusable_keys(request)
         if self._blocks.match(keys) < len(keys):
@@ -182,7 +187,7 @@ class KvLoads:
     def lost(self, now_s: float) -> None:
         """The store is gone: no request waits for it. Copies already sent are answered by the ranks all the same."""
         for wait in list(self._waits.values()):
-            self._over(wait, now_s)
+            self._over(wait, now_s, store_failed=True)
         unsent, self._copies = self._copies, []
         self.leases.lost()
         self.claims.lost()
@@ -198,7 +203,7 @@ class KvLoads:
         num_hits = self._blocks.match(keys)
         ticket = self._port.ask(Lookup(keys[num_hits:])) if num_hits < len(keys) else None
         if ticket is None:
-            self._over(wait, now_s)
+            self._over(wait, now_s, store_failed=num_hits < len(keys))
             return
         wait.num_found = num_hits
         wait.phase = LoadPhase.LOOKING
@@ -220,7 +225,7 @@ class KvLoads:
         if self._waits.get(wait.request) is not wait:
             return
         if found is None:
-            self._over(wait, now_s)
+            self._over(wait, now_s, store_failed=True)
             return
         wait.num_found += found.num_blocks
         if wait.flight_ends_s < math.inf:
@@ -300,7 +305,7 @@ class KvLoads:
         wanted = list(itertools.takewhile(lambda key: key not in self._loading, keys[num_hits : num_hits + count]))
         ticket = self._port.ask(Acquire(wanted, self._config.lease_ttl_s))
         if ticket is None:
-            self._over(wait, now_s)
+            self._over(wait, now_s, store_failed=True)
             return
         held.extend(blocks.pin_published(keys[len(held) : num_hits]))
         parents = [keys[num_hits - 1] if num_hits else request.root, *wanted[:-1]]
@@ -357,17 +362,19 @@ class KvLoads:
         for position in range(num_good):
             if job.pages[position] is not None:
                 request.load_tiers[job.first + position] = job.tiers[position]
+                request.bytes_loaded += self._block_bytes
         if len(request.held_pages) == job.first:
             keys = job.keys[:num_good]
             request.held_pages.extend(self._blocks.pin_published(keys[: self._blocks.match(keys)]))
         if num_good == len(job.keys):
             wait.phase = LoadPhase.FOUND  # perhaps there is more
-        else:
-            self._over(wait, now_s)
+        else:  # a copy that failed; or else blocks were evicted since they were found
+            self._over(wait, now_s, store_failed=num_good < len(job.good))
 
-    def _over(self, wait: _Wait, now_s: float) -> None:
+    def _over(self, wait: _Wait, now_s: float, *, store_failed: bool = False) -> None:
         """The request waits for the store no longer."""
         del self._waits[wait.request]
+        wait.request.store_failed |= store_failed
         wait.request.load_gate = LoadGate.OPEN
         self._stop_clock(wait, now_s)
         for job in self._jobs():
@@ -380,7 +387,7 @@ class KvLoads:
     def _expire(self, now_s: float) -> None:
         """Ends what is past its deadline, and looks again for what is computed elsewhere: once for each block that is waited for."""
         for wait in [wait for wait in self._waits.values() if wait.deadline_s <= now_s]:
-            self._over(wait, now_s)
+            self._over(wait, now_s, store_failed=wait.phase is not LoadPhase.AWAITING)
         asked: set[BlockKey] = set()
         for wait in [wait for wait in self._waits.values() if wait.look_at_s <= now_s]:
             key = wait.request.keys[wait.num_found]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from runtime.engine.frames import RequestOutput
 from runtime.metrics import FrontDoorMetrics
-from runtime.request import TIERS, CachedTokens, FinishReason, Timings, ValidRequest
+from runtime.request import TIERS, CachedTokens, FinishReason, Receipt, Timings, ValidRequest
 from runtime.routing.router import Dispatch, Router
 from runtime.text.detokenize import Detokenizer
 from runtime.text.stop import OutputPiece, OutputText
@@ -41,6 +41,7 @@ class Usage(NamedTuple):
     num_prompt_tokens: int
     num_completion_tokens: int
     cached: CachedTokens
+    receipt: Receipt = Receipt()
 
 
 class Finished(NamedTuple):
@@ -114,10 +115,12 @@ class _Progress:
         self._ttft_s = 0.0
         self._num_tokens = len(request.output_token_ids)
         self._cached: CachedTokens | None = None
+        self._receipt = Receipt()
 
     def events(self, batch: list[RequestOutput], replica_id: str) -> Iterator[Event]:
         first = batch[0]
         if self._cached is None:  # also for a request that ended before it was admitted
+            self._receipt = Receipt(*first.receipt) if first.receipt is not None else Receipt()
             yield self._start(CachedTokens(*first.cached) if first.cached is not None else CachedTokens(), replica_id)
         for group in _grouped(batch):
             yield from self._prompt_logprobs(group)
@@ -176,7 +179,7 @@ class _Progress:
         total_s = time.monotonic() - self._arrived_s
         self._metrics.request_s.observe(total_s)
         queue_s, store_wait_s = engine_timings
-        usage = Usage(len(self._request.prompt_token_ids), self._num_tokens, self._cached or CachedTokens())
+        usage = Usage(len(self._request.prompt_token_ids), self._num_tokens, self._cached or CachedTokens(), self._receipt)
         return Finished(reason, match, usage, Timings(queue_s, store_wait_s, self._ttft_s, total_s))
 
 

@@ -209,6 +209,8 @@ class SimulatedStore:
         """The other replica writes a block. False when it cannot: then it has died."""
         writing = {other for lease in self._leases.values() for other in lease.reserved}
         parent = self._parents.get(key)
+        if not self._free:
+            self.evict_one(keep=self._parents.get(key))
         if key not in self._bytes or key in writing or not self._free:
             return False
         if parent is None or (parent not in self._blocks and parent not in self.roots):

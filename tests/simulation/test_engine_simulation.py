@@ -58,6 +58,7 @@ class Told:
     scored: list[float] = field(default_factory=list)
     num_logprobs: int = 0
     cached: list[int] | None = None
+    receipt: list[object] | None = None
     finish_reason: str | None = None
     error: list[str] | None = None
     abort_reason: str | None = None
@@ -70,7 +71,7 @@ class Told:
     def take(self, output: RequestOutput) -> None:
         assert not self.is_over, "an output after the last one"
         assert (self.cached is None) == (output.cached is not None), "cached comes with the first output, and only then"
-        self.cached = self.cached or output.cached
+        self.cached, self.receipt = self.cached or output.cached, self.receipt or output.receipt
         self.token_ids += output.token_ids
         self.num_logprobs += len(output.logprobs or ())
         self.scored += [entry[0][1] for entry in output.prompt_logprobs or ()]
@@ -240,6 +241,11 @@ class Run:
         expected, reason = expected_output(request, self.shape.max_model_len)
         assert told.cached is not None
         assert sum(told.cached) <= len(request.prompt) - 1
+        assert told.receipt is not None
+        num_computed, bytes_loaded, reasons = told.receipt
+        assert num_computed in (0, len(request.prompt) - sum(told.cached))
+        assert sum(reasons.values()) == num_computed
+        assert bytes_loaded or not told.cached[1]
         if told.error is not None:
             assert told.error[0] == "DeadlinePassed"
             assert request.deadline_s is not None or told.abort_reason == "deadline"
@@ -271,7 +277,7 @@ SHAPES = {
     "failing copies": Shape(copy_failures=0.5),
     "restarting store": Shape(restarts=0.01, copy_failures=0.1, arrivals=0.1),
     "another replica": Shape(elsewhere=0.5, num_slots=40, num_pages=24),
-    "another replica, aborts": Shape(elsewhere=0.5, aborts=0.2, num_slots=30, num_pages=24),
+    "another replica, aborts": Shape(elsewhere=0.5, aborts=0.05, num_slots=40, num_pages=24),
     "another replica, restarts": Shape(elsewhere=0.5, restarts=0.01, copy_failures=0.1, arrivals=0.1),
     "restarts and few pages": Shape(restarts=0.01, num_pages=20, arrivals=0.1, aborts=0.03),
     "aborts": Shape(aborts=0.2, num_pages=24),

@@ -22,7 +22,7 @@ class LoadBench(Bench):
         num_pages = config.pop("num_pages", 40)
         super().__init__(num_pages=num_pages, load_timeout_s=2.0, **config)  # type: ignore[arg-type]
         self.port = ScriptedPort()
-        self.loads = KvLoads(self.config, self.blocks, self.port, itertools.count(1))
+        self.loads = KvLoads(self.config, self.blocks, self.port, itertools.count(1), block_bytes=100)
         self.now_s = 10.0
         self.copies: list[BlockCopy] = []
         self.claim_outcome: ClaimOutcome | None = ClaimOutcome.GRANTED  # None: claims stay open
