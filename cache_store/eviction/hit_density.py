@@ -22,7 +22,7 @@ from cache_store.eviction.shadows import NUM_CLASSES, Candidates, Entry, Leader,
 
 GHOSTS_PER_BLOCK = 3
 SAMPLES_PER_ACCESS = 2  # blocks whose age is sampled, in turn, to learn how much time is spent at which age
-LEARN_EVERY = 2000  # accesses
+LEARN_EVERY = 250  # accesses, and then of one class
 FADE_EVERY = 8  # accesses per known key
 
 
@@ -118,7 +118,7 @@ class HitDensity:
             if self._now >= self._next_fade:
                 self._next_fade = self._now + FADE_EVERY * len(self._known)
                 self._rates.fade()
-            self._rates.learn()
+            self._rates.learn_next()
         worth, now = self._rates.worth, self._now
         return min(entries, key=lambda entry: (worth[entry.of_class][bucket_of(now - entry.last)], entry.last))
 

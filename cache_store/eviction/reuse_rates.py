@@ -44,7 +44,8 @@ class ReuseRates:
     def __init__(self, num_classes: int) -> None:
         self._uses = [[0.0] * NUM_BUCKETS for _ in range(num_classes)]
         self._time = [[0.0] * NUM_BUCKETS for _ in range(num_classes)]
-        self.worth = [[1.0 / middle for middle in MIDDLES] for _ in range(num_classes)]  # by class and bucket; as of the last `learn`
+        self.worth = [[1.0 / middle for middle in MIDDLES] for _ in range(num_classes)]  # by class and bucket; as last learned
+        self._next_class = 0
 
     def used(self, of_class: int, age: int) -> None:
         self._uses[of_class][bucket_of(age)] += 1.0
@@ -58,17 +59,17 @@ class ReuseRates:
         for row in (*self._uses, *self._time):
             row[:] = [0.5 * value for value in row]
 
-    def learn(self) -> None:
-        """Computes `worth` anew. O(classes * buckets^2) at most."""
+    def learn_next(self) -> None:
+        """Computes `worth` of one class anew, of each in turn. O(buckets^2) at most."""
+        number = self._next_class
+        self._next_class = (number + 1) % len(self._uses)
         all_uses = [sum(column) for column in zip(*self._uses, strict=True)]
         all_time = [sum(column) for column in zip(*self._time, strict=True)]
-        common = [
-            (uses + PRIOR_USES) / (time + PRIOR_USES * PRIOR_AGE_FACTOR * middle)
-            for uses, time, middle in zip(all_uses, all_time, MIDDLES, strict=True)
-        ]
-        for number, (uses_row, time_row) in enumerate(zip(self._uses, self._time, strict=True)):
-            rates = [(uses + PRIOR_USES) / (time + PRIOR_USES / rate) for uses, time, rate in zip(uses_row, time_row, common, strict=True)]
-            self.worth[number] = _densities(rates)
+        rates = []
+        for bucket, middle in enumerate(MIDDLES):
+            common = (all_uses[bucket] + PRIOR_USES) / (all_time[bucket] + PRIOR_USES * PRIOR_AGE_FACTOR * middle)
+            rates.append((self._uses[number][bucket] + PRIOR_USES) / (self._time[number][bucket] + PRIOR_USES / common))
+        self.worth[number] = _densities(rates)
 
 
 def _densities(rates: list[float]) -> list[float]:

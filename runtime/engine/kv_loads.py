@@ -25,11 +25,9 @@ is being read, or computed by a running row, stays in FOUND until it is there.
 
 from __future__ import annotations
 
-import enum
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cache_store.keys import BlockKey
@@ -38,48 +36,13 @@ from runtime.engine.claims import FlightClaims
 from runtime.engine.config import EngineConfig
 from runtime.engine.leases import Leases
 from runtime.engine.live import LiveRequest, LoadGate, Phase
+from runtime.engine.load_state import Job, LoadPhase, Wait
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.store_port import Acquire, Lookup, StoreAnswer, StorePort, StoreState
 from workers.step import BlockCopy, CopyResult
 
 if TYPE_CHECKING:
     from cache_store.client import Acquired, ClaimOutcome, Found
-
-
-class LoadPhase(enum.Enum):
-    QUEUED = "queued"
-    LOOKING = "looking"
-    CLAIMING = "claiming"
-    FOUND = "found"
-    ACQUIRING = "acquiring"
-    LOADING = "loading"
-    AWAITING = "awaiting"
-
-
-@dataclass(slots=True, eq=False)
-class _Wait:
-    request: LiveRequest
-    begun_s: float = math.inf  # of the current stretch of waiting; inf while it waits for its turn, rows or pages instead of the store
-    deadline_s: float = math.inf
-    phase: LoadPhase = LoadPhase.QUEUED
-    num_found: int = 0  # leading blocks that pages and store hold together
-    is_behind: bool = False  # another replica is computing the block after those
-    flight_ends_s: float = math.inf  # when it waits no longer for that replica; inf until it has to
-    look_at_s: float = math.inf  # of AWAITING
-    look_after_s: float = 0.0  # the time between the last two looks
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    wait: _Wait | None  # None: the request went on without it
-    first: int  # depth of the first block
-    keys: list[BlockKey]
-    parents: list[BlockKey]
-    lease_id: int = 0
-    pages: list[int | None] = field(default_factory=list)  # None: in some page already
-    tiers: list[str] = field(default_factory=list)
-    good: list[bool] = field(default_factory=list)
-    num_open: int = 0  # copies without an answer
 
 
 class KvLoads:
@@ -93,12 +56,12 @@ class KvLoads:
         self.num_failed = 0  # copies that did not deliver
         self._config, self._blocks, self._port, self._copy_ids = config, blocks, port, copy_ids
         self._block_bytes = block_bytes
-        self._waits: dict[LiveRequest, _Wait] = {}
-        self._lookups: dict[int, _Wait] = {}
-        self._claimings: dict[int, _Wait] = {}
-        self._acquires: dict[int, _Job] = {}
+        self._waits: dict[LiveRequest, Wait] = {}
+        self._lookups: dict[int, Wait] = {}
+        self._claimings: dict[int, Wait] = {}
+        self._acquires: dict[int, Job] = {}
         self._copies: list[BlockCopy] = []  # for the next plan
-        self._open: dict[int, tuple[_Job, int]] = {}  # copy -> its job and position in it
+        self._open: dict[int, tuple[Job, int]] = {}  # copy -> its job and position in it
         self._loading: set[BlockKey] = set()
         self._next_expiry_s = math.inf
 
@@ -123,7 +86,7 @@ class KvLoads:
             return
         keys = self._reusable_keys(request)
         if self._blocks.match(keys) < len(keys):
-            self._waits[request] = _Wait(request)
+            self._waits[request] = Wait(request)
             request.load_gate = LoadGate.WAIT
 
     def ended(self, request: LiveRequest) -> None:
@@ -198,7 +161,7 @@ class KvLoads:
         size = self._blocks.block_size
         return request.extend_keys(size)[: request.num_reusable_blocks(size)]
 
-    def _look(self, wait: _Wait, now_s: float) -> None:
+    def _look(self, wait: Wait, now_s: float) -> None:
         keys = self._reusable_keys(wait.request)
         num_hits = self._blocks.match(keys)
         ticket = self._port.ask(Lookup(keys[num_hits:])) if num_hits < len(keys) else None
@@ -212,16 +175,16 @@ class KvLoads:
         self._stop_clock(wait, now_s)
         self._start_clock(wait, now_s)
 
-    def _start_clock(self, wait: _Wait, now_s: float) -> None:
+    def _start_clock(self, wait: Wait, now_s: float) -> None:
         wait.begun_s, wait.deadline_s = now_s, now_s + self._config.load_timeout_s
         self._next_expiry_s = min(self._next_expiry_s, wait.deadline_s)
 
-    def _stop_clock(self, wait: _Wait, now_s: float) -> None:
+    def _stop_clock(self, wait: Wait, now_s: float) -> None:
         if wait.begun_s < now_s:
             wait.request.store_wait_s += now_s - wait.begun_s
         wait.begun_s = wait.deadline_s = math.inf
 
-    def _looked(self, wait: _Wait, found: Found | None, now_s: float) -> None:
+    def _looked(self, wait: Wait, found: Found | None, now_s: float) -> None:
         if self._waits.get(wait.request) is not wait:
             return
         if found is None:
@@ -240,7 +203,7 @@ class KvLoads:
             wait.phase = LoadPhase.CLAIMING
             self._claimings[ticket] = wait
 
-    def _claimed(self, wait: _Wait, outcomes: list[ClaimOutcome] | None, now_s: float) -> None:
+    def _claimed(self, wait: Wait, outcomes: list[ClaimOutcome] | None, now_s: float) -> None:
         """What is granted is this request's to compute: at once, or when it has what comes before."""
         from cache_store.client import ClaimOutcome
 
@@ -257,7 +220,7 @@ class KvLoads:
             )  # stored meanwhile: worth another look as well
             self._go_on(wait, now_s)
 
-    def _go_on(self, wait: _Wait, now_s: float) -> None:
+    def _go_on(self, wait: Wait, now_s: float) -> None:
         """After all questions: reads what the pages lack of what was found, else waits for another replica, else the wait is over."""
         keys = wait.request.keys[: wait.num_found]
         if self._blocks.match(keys) < len(keys):
@@ -282,7 +245,7 @@ class KvLoads:
         wait.look_at_s = now_s + wait.look_after_s
         self._next_expiry_s = min(self._next_expiry_s, wait.look_at_s, wait.deadline_s)
 
-    def _read(self, wait: _Wait, scheduler: Scheduler, now_s: float) -> None:
+    def _read(self, wait: Wait, scheduler: Scheduler, now_s: float) -> None:
         """Acquires what a request still lacks, if it could be admitted with it and nobody else is fetching it."""
         blocks, request = self._blocks, wait.request
         keys = request.keys[: wait.num_found]
@@ -309,11 +272,11 @@ class KvLoads:
             return
         held.extend(blocks.pin_published(keys[len(held) : num_hits]))
         parents = [keys[num_hits - 1] if num_hits else request.root, *wanted[:-1]]
-        self._acquires[ticket] = _Job(wait, num_hits, wanted, parents)
+        self._acquires[ticket] = Job(wait, num_hits, wanted, parents)
         self._loading.update(wanted)
         wait.phase = LoadPhase.ACQUIRING
 
-    def _acquired(self, job: _Job, acquired: Acquired | None, now_s: float) -> None:
+    def _acquired(self, job: Job, acquired: Acquired | None, now_s: float) -> None:
         """Slots are pinned: pages for them, and copies for the next plan."""
         blocks = self._blocks
         if acquired is not None and acquired.lease_id:
@@ -341,7 +304,7 @@ class KvLoads:
         if not job.num_open:
             self._finish(job, now_s)
 
-    def _finish(self, job: _Job, now_s: float) -> None:
+    def _finish(self, job: Job, now_s: float) -> None:
         """Every copy is answered: the good leading blocks are published, the lease ends, the request goes on."""
         blocks = self._blocks
         num_good = next((i for i, good in enumerate(job.good) if not good), len(job.good))
@@ -357,7 +320,7 @@ class KvLoads:
             self.leases.release(job.lease_id)
             self.leases.flush()
 
-    def _hand_over(self, job: _Job, wait: _Wait, num_good: int, now_s: float) -> None:
+    def _hand_over(self, job: Job, wait: Wait, num_good: int, now_s: float) -> None:
         request = wait.request
         for position in range(num_good):
             if job.pages[position] is not None:
@@ -371,7 +334,7 @@ class KvLoads:
         else:  # a copy that failed; or else blocks were evicted since they were found
             self._over(wait, now_s, store_failed=num_good < len(job.good))
 
-    def _over(self, wait: _Wait, now_s: float, *, store_failed: bool = False) -> None:
+    def _over(self, wait: Wait, now_s: float, *, store_failed: bool = False) -> None:
         """The request waits for the store no longer."""
         del self._waits[wait.request]
         wait.request.store_failed |= store_failed
@@ -381,7 +344,7 @@ class KvLoads:
             if job.wait is wait:
                 job.wait = None
 
-    def _jobs(self) -> list[_Job]:
+    def _jobs(self) -> list[Job]:
         return [*self._acquires.values(), *(job for job, _ in self._open.values())]
 
     def _expire(self, now_s: float) -> None:
