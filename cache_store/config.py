@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
-from cache_store.eviction import EVICTION
+from cache_store.eviction import DEFAULT_EVICTION, EVICTION
 
 GRANULE_BYTES = 4096  # slots begin at multiples of this, and each granule has one generation word
 MAX_UNIX_PATH_BYTES = 107
@@ -21,7 +21,7 @@ class StoreConfig:
     address: str = ""  # "unix:/path" or "host:port" (port 0: any); "": a socket in `directory`
     directory: str = "/dev/shm"
     extent_bytes: int = 64 << 20  # memory is allocated, and given to a slot size, in pieces of this
-    eviction: str = "lru"  # key of cache_store.eviction.EVICTION
+    eviction: str = DEFAULT_EVICTION  # key of cache_store.eviction.EVICTION
     max_ttl_s: float = 600.0  # longer leases are shortened to this
     kill_grace_s: float = 1.0  # between a write lease's deadline and the end of its holders
     max_sessions: int = 256

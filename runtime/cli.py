@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
+from runtime.commands import cache
 from runtime.config import DEFAULT_DEPLOYMENT, ServeSettings, resolve_settings
 from runtime.errors import MobulaError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.add_typer(cache.app)
 
 Config = Annotated[Optional[Path], typer.Option("--config", help="TOML file with settings named as the flags.")]  # noqa: UP045 - typer reads it
 Deployment = Annotated[Optional[str], typer.Option("--deployment", help="Name of the deployment, where several run.")]  # noqa: UP045

@@ -41,13 +41,16 @@ class Completion(NamedTuple):
         return json.dumps(fields)
 
 
-def describe_usage(prompt_tokens: int, completion_tokens: int, cached_by_tier: dict[str, int]) -> dict[str, Any]:
-    """`usage` as the command line prints it: every tier is there, 0 when 0."""
+def describe_usage(usage: pb.Usage) -> dict[str, Any]:
+    """`usage` as the command line prints it: every tier is there, 0 when 0; of the reasons those that occurred."""
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "cached_tokens": sum(cached_by_tier.values()),
-        "cached_tokens_by_tier": {tier: cached_by_tier.get(tier, 0) for tier in TIERS},
+        "prompt_tokens": usage.num_prompt_tokens,
+        "completion_tokens": usage.num_completion_tokens,
+        "cached_tokens": usage.num_cached_tokens,
+        "cached_tokens_by_tier": {tier: usage.cached_tokens_by_tier.get(tier, 0) for tier in TIERS},
+        "computed_tokens": usage.num_computed_tokens,
+        "bytes_loaded": usage.bytes_loaded,
+        "not_reused_tokens_by_reason": dict(usage.not_reused_tokens_by_reason),
     }
 
 
@@ -129,7 +132,7 @@ def completion_of(token_ids: list[int], text: str, finished: pb.Finished, replic
         token_ids=token_ids[: usage.num_completion_tokens],
         text=text,
         finish_reason=pb.FinishReason.Name(finished.reason).lower(),
-        usage=describe_usage(usage.num_prompt_tokens, usage.num_completion_tokens, dict(usage.cached_tokens_by_tier)),
+        usage=describe_usage(usage),
         timings={name: getattr(timings, name) for name in ("queue_s", "ttft_s", "store_wait_s", "total_s")},
         replica_id=replica_id,
     )

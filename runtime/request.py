@@ -55,6 +55,29 @@ class CachedTokens(NamedTuple):
         return sum(self)
 
 
+class NotReused(enum.StrEnum):
+    """Why a prompt token was computed, as far as the replica that computed it knows."""
+
+    COLD = "cold"  # neither this replica (lately) nor its store has seen the block
+    EVICTED = "evicted"  # this replica has held the block, and neither its pages nor the store do any more; of blocks that
+    # only others have held it knows nothing: those count as cold
+    OTHER_NAMESPACE = "other_namespace"  # the prompt's first block was seen here under another tenant or salt only; how far the prompts
+    # agree behind it is not looked at
+    PARTIAL_BLOCK = "partial_block"  # behind the last full block; the last prompt token always is
+    SCORED = "scored"  # its logprobs, or those of a position before it, were asked for
+    STORE_UNAVAILABLE = "store_unavailable"  # the store could not be asked, did not answer in time, or did not deliver
+    CHEAPER_TO_COMPUTE = "cheaper_to_compute"  # loading it would have taken longer
+    CACHING_OFF = "caching_off"
+
+
+class Receipt(NamedTuple):
+    """What a prompt cost, as of first admission. Written by the engine; all zero for a request that was never admitted."""
+
+    num_computed_tokens: int = 0  # prompt tokens that were not reused
+    bytes_loaded: int = 0  # of blocks that were read from the store for this request
+    not_reused: dict[str, int] = {}  # noqa: RUF012 - never changed. NotReused -> prompt tokens; sums up to num_computed_tokens
+
+
 class Timings(NamedTuple):
     """Seconds, written by the engine (`queue_s`, `store_wait_s`) and the front door (the others)."""
 

@@ -126,7 +126,7 @@ class DramTier:
         self.num_held -= 1
         self.num_stored += 1
         self.stored_bytes += block.num_bytes
-        self._policy(block).admitted(block.key)
+        self._policy(block).admitted(block.key, block.parent.key if block.parent else None)
         self._expose(block)
         self._on_stored(block.key)
 

@@ -19,6 +19,8 @@ from typing import NamedTuple
 from cache_store.keys import BlockKey
 from workers.step import NULL_PAGE
 
+REMEMBERED_PER_PAGE = 4  # keys of evicted blocks
+
 
 class Published(NamedTuple):
     """What a page holds: the block `key`, number `depth` of its sequence, right behind the block `parent` (or the root)."""
@@ -47,6 +49,7 @@ class BlockManager:
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._deferred: dict[int, None] = {}  # in the order of their release
         self._confirmed = 0
+        self._evicted: OrderedDict[BlockKey, None] = OrderedDict()  # keys whose page was taken for another block; the oldest first
 
     @property
     def num_available(self) -> int:
@@ -79,7 +82,7 @@ class BlockManager:
                 page = self._free.pop()
             else:
                 page, _none = self._cached.popitem(last=False)
-                self._unpublish(page)
+                self._evict(page)
             self._pins[page] = 1
             pages.append(page)
         return pages
@@ -140,6 +143,7 @@ class BlockManager:
     def publish(self, page: int, block: Published, *, from_store: bool = False) -> bool:
         """Makes a pinned page findable under its key. False where another page already is: then this one stays private."""
         self._announced.pop(block.key, None)
+        self._evicted.pop(block.key, None)
         if block.key in self._index:
             return False
         assert self._pins[page], f"page {page} is nobody's, so nobody can vouch for its content"
@@ -170,6 +174,7 @@ class BlockManager:
         self._free.extend(self._cached)
         self._cached.clear()
         self._announced.clear()
+        self._evicted.clear()
 
     def announce(self, keys: Iterable[BlockKey], row_id: int) -> None:
         """A row begins to compute these blocks; a request that needs one can wait for it instead of computing it too."""
@@ -185,6 +190,18 @@ class BlockManager:
 
     def is_announced(self, key: BlockKey) -> bool:
         return key in self._announced
+
+    def was_evicted(self, key: BlockKey) -> bool:
+        """Whether a page has held the block, lately, and was then taken for another one."""
+        return key in self._evicted
+
+    def _evict(self, page: int) -> None:
+        block = self._published[page]
+        assert block is not None
+        self._evicted[block.key] = None
+        if len(self._evicted) > REMEMBERED_PER_PAGE * self.num_pages:
+            self._evicted.popitem(last=False)
+        self._unpublish(page)
 
     def _settle(self, page: int) -> None:
         self.num_changes += 1
@@ -227,6 +244,8 @@ class BlockManager:
                 problems.append(f"the index says that page {page} holds {key.hex()}, the page says {block}")
         if len(self._index) != sum(1 for block in self._published if block):
             problems.append("a published page is not in the index")
+        if any(key in self._index for key in self._evicted):
+            problems.append("a key is both published and evicted")
         announced = [key for key in self._announced if key in self._index]
         if announced:
             problems.append(f"{len(announced)} keys are both announced and published")

@@ -38,6 +38,11 @@ class EngineConfig:
     max_loading_requests: int = 8
     max_loading_blocks: int = 512
 
+    # Single flight: how long a request waits for blocks that another replica is computing, then it computes them itself
+    single_flight_timeout_s: float = 1.0  # per 1,000 tokens, and for fewer; 0: not at all
+    single_flight_max_s: float = 30.0
+    single_flight_poll_s: float = 0.005  # first time between two looks at the store; doubles up to 16 times that
+
     # Offers to the store
     max_saving_blocks: int = 64  # pages pinned by copies to the store
     offer_batch_blocks: int = 32
@@ -58,8 +63,14 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens", "max_loading_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.single_flight_timeout_s < 0 or self.single_flight_max_s < 0 or self.single_flight_poll_s <= 0:
+            raise ValueError("single_flight_timeout_s, single_flight_max_s: must not be negative; single_flight_poll_s: must be positive")
         if self.copy_timeout_s * 2 > self.lease_ttl_s:
             raise ValueError(f"lease_ttl_s ({self.lease_ttl_s}) must be at least twice copy_timeout_s ({self.copy_timeout_s})")
+
+    def single_flight_limit_s(self, num_tokens: int) -> float:
+        """How long to wait for so many tokens of another replica."""
+        return min(self.single_flight_max_s, self.single_flight_timeout_s * max(1.0, num_tokens / 1000))
 
     @property
     def max_rows(self) -> int:

@@ -80,7 +80,7 @@ class Engine:
         self.outputs = Outputs(self.blocks, publish=config.prefix_caching)
         port = store or NoStore()
         copy_ids = itertools.count(1)
-        self.loads = KvLoads(config, self.blocks, port, copy_ids)
+        self.loads = KvLoads(config, self.blocks, port, copy_ids, info.layout.block_bytes)
         self.offers = KvOffers(config, self.blocks, port, copy_ids, info.layout.num_parts)
         self.blocks.on_publish, self.blocks.on_evict = self.offers.published, self.offers.evicted
         self._group, self._port, self._sink, self._clock = group, port, sink, clock

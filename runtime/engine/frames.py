@@ -61,7 +61,7 @@ class Load(NamedTuple):
 
 
 class RequestOutput(NamedTuple):
-    """What one step gave one request. The first one of a request carries `cached`, the last one `finish_reason` or `error`."""
+    """What one step gave one request. The first of a request carries `cached` and `receipt`, the last `finish_reason` or `error`."""
 
     request_id: str
     token_ids: list[int]
@@ -71,6 +71,7 @@ class RequestOutput(NamedTuple):
     finish_reason: str | None = None  # runtime.request.FinishReason
     error: list[str] | None = None  # [name in runtime.errors.BY_NAME, message]
     timings: list[float] | None = None  # [queue_s, store_wait_s], with finish_reason
+    receipt: list[Any] | None = None  # runtime.request.Receipt, on first admission
 
 
 class StepFrame(NamedTuple):

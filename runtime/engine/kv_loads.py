@@ -2,10 +2,21 @@
 
 One wait per request, one job per read:
 
-    QUEUED --near the head of the queue--> LOOKING --store has more than the pages--> FOUND --rows and pages to spare--> ACQUIRING
-                                              |nothing found                            ^                                   |slots pinned
-                                              v                                         +-----more to read----- LOADING <---+
-                                           (over)  <---- all there, a failure, or the deadline, from every phase ----+
+    QUEUED --near the head of the queue--> LOOKING --store lacks some--> CLAIMING
+                                            ^  |has all                    |      what is found is read first, if anything is:
+                                time to look|  +------------+--------------+
+                                            |               v
+                                            |             FOUND --rows and pages to spare--> ACQUIRING
+                                            |               ^ |                                  |slots pinned
+                                            |               | +--all read--+                     v
+                                            |               +--more to read-------------------LOADING
+                                            |                              v
+                                         AWAITING <--another replica computes the next block
+                                           (over) <--otherwise; and after a failure or the deadline, from every phase
+
+Single flight: a request claims the blocks that the store lacks before it computes them. Where another replica holds the claim of the next
+one, it looks again and again until the block is stored, the claim has ended (that replica died or gave up), or the time is up. Requests
+wait for claims on blocks nearer to the root only, so that no two can wait for each other.
 
 When a wait is over the request is admissible, with whatever prefix the pages hold by then: a store that fails is a miss. A job outlives
 its request: its pages and its lease return only when every copy is answered. No two jobs read the same block; whoever needs a block that
@@ -14,68 +25,43 @@ is being read, or computed by a running row, stays in FOUND until it is there.
 
 from __future__ import annotations
 
-import enum
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cache_store.keys import BlockKey
 from runtime.engine.block_manager import BlockManager, Published
+from runtime.engine.claims import FlightClaims
 from runtime.engine.config import EngineConfig
 from runtime.engine.leases import Leases
-from runtime.engine.live import LiveRequest, LoadGate
+from runtime.engine.live import LiveRequest, LoadGate, Phase
+from runtime.engine.load_state import Job, LoadPhase, Wait
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.store_port import Acquire, Lookup, StoreAnswer, StorePort, StoreState
 from workers.step import BlockCopy, CopyResult
 
 if TYPE_CHECKING:
-    from cache_store.client import Acquired, Found
-
-
-class LoadPhase(enum.Enum):
-    QUEUED = "queued"
-    LOOKING = "looking"
-    FOUND = "found"
-    ACQUIRING = "acquiring"
-    LOADING = "loading"
-
-
-@dataclass(slots=True, eq=False)
-class _Wait:
-    request: LiveRequest
-    begun_s: float = math.inf  # of the current stretch of waiting; inf while it waits for its turn, rows or pages instead of the store
-    deadline_s: float = math.inf
-    phase: LoadPhase = LoadPhase.QUEUED
-    num_found: int = 0  # leading blocks that pages and store hold together
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    wait: _Wait | None  # None: the request went on without it
-    first: int  # depth of the first block
-    keys: list[BlockKey]
-    parents: list[BlockKey]
-    lease_id: int = 0
-    pages: list[int | None] = field(default_factory=list)  # None: in some page already
-    tiers: list[str] = field(default_factory=list)
-    good: list[bool] = field(default_factory=list)
-    num_open: int = 0  # copies without an answer
+    from cache_store.client import Acquired, ClaimOutcome, Found
 
 
 class KvLoads:
     """Owned by the engine's thread, which passes on arrivals, answers and copy results."""
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager, port: StorePort, copy_ids: Iterator[int]) -> None:
+    def __init__(self, config: EngineConfig, blocks: BlockManager, port: StorePort, copy_ids: Iterator[int], block_bytes: int) -> None:
+        """`block_bytes` of one stored block."""
         self.leases = Leases(port)
+        self.claims = FlightClaims(port)
+        self.num_awaited = 0  # blocks that came from the store because a request waited for another replica
         self.num_failed = 0  # copies that did not deliver
         self._config, self._blocks, self._port, self._copy_ids = config, blocks, port, copy_ids
-        self._waits: dict[LiveRequest, _Wait] = {}
-        self._lookups: dict[int, _Wait] = {}
-        self._acquires: dict[int, _Job] = {}
+        self._block_bytes = block_bytes
+        self._waits: dict[LiveRequest, Wait] = {}
+        self._lookups: dict[int, Wait] = {}
+        self._claimings: dict[int, Wait] = {}
+        self._acquires: dict[int, Job] = {}
         self._copies: list[BlockCopy] = []  # for the next plan
-        self._open: dict[int, tuple[_Job, int]] = {}  # copy -> its job and position in it
+        self._open: dict[int, tuple[Job, int]] = {}  # copy -> its job and position in it
         self._loading: set[BlockKey] = set()
         self._next_expiry_s = math.inf
 
@@ -87,13 +73,20 @@ class KvLoads:
     def num_open_copies(self) -> int:
         return len(self._open)
 
+    def phases(self) -> list[str]:
+        """Of the requests that wait, in no order; for people and tests, from any thread."""
+        return [wait.phase.value for wait in list(self._waits.values())]
+
     def arrived(self, request: LiveRequest) -> None:
         """The prefix is to be looked up, unless the replica's own pages hold all of it."""
-        if self._port.state is not StoreState.READY or not self._config.prefix_caching:
+        if self._port.state is StoreState.NONE or not self._config.prefix_caching:
+            return
+        if self._port.state is not StoreState.READY:
+            request.store_failed = True
             return
         keys = self._reusable_keys(request)
         if self._blocks.match(keys) < len(keys):
-            self._waits[request] = _Wait(request)
+            self._waits[request] = Wait(request)
             request.load_gate = LoadGate.WAIT
 
     def ended(self, request: LiveRequest) -> None:
@@ -101,10 +94,12 @@ class KvLoads:
         wait = self._waits.get(request)
         if wait:
             self._over(wait, request.arrived_s)
+        self.claims.let_go(request, lambda key: self._blocks.page_of(key) is not None)
 
     def advance(self, scheduler: Scheduler, now_s: float) -> None:
         """Does what can be done now: lookups, reads for those who could be admitted next, releases, deadlines."""
         self.leases.flush()
+        self.claims.flush()
         if not self._waits:
             return
         if now_s >= self._next_expiry_s:
@@ -119,11 +114,15 @@ class KvLoads:
 
     def answered(self, answer: StoreAnswer, now_s: float) -> bool:
         """Takes the store's answer to a question that was asked here."""
-        if self.leases.answered(answer.ticket):
+        if self.leases.answered(answer.ticket) or self.claims.answered(answer.ticket):
             return True
         wait = self._lookups.pop(answer.ticket, None)
         if wait:
             self._looked(wait, answer.reply, now_s)  # type: ignore[arg-type]  # the reply to Lookup
+            return True
+        wait = self._claimings.pop(answer.ticket, None)
+        if wait:
+            self._claimed(wait, answer.reply, now_s)  # type: ignore[arg-type]  # the reply to Claim
             return True
         job = self._acquires.pop(answer.ticket, None)
         if job:
@@ -151,9 +150,10 @@ class KvLoads:
     def lost(self, now_s: float) -> None:
         """The store is gone: no request waits for it. Copies already sent are answered by the ranks all the same."""
         for wait in list(self._waits.values()):
-            self._over(wait, now_s)
+            self._over(wait, now_s, store_failed=True)
         unsent, self._copies = self._copies, []
         self.leases.lost()
+        self.claims.lost()
         for copy in unsent:
             self.copied(CopyResult(copy.copy_id, False, b"", "store lost"), now_s)
 
@@ -161,40 +161,97 @@ class KvLoads:
         size = self._blocks.block_size
         return request.extend_keys(size)[: request.num_reusable_blocks(size)]
 
-    def _look(self, wait: _Wait, now_s: float) -> None:
+    def _look(self, wait: Wait, now_s: float) -> None:
         keys = self._reusable_keys(wait.request)
         num_hits = self._blocks.match(keys)
         ticket = self._port.ask(Lookup(keys[num_hits:])) if num_hits < len(keys) else None
         if ticket is None:
-            self._over(wait, now_s)
+            self._over(wait, now_s, store_failed=num_hits < len(keys))
             return
         wait.num_found = num_hits
         wait.phase = LoadPhase.LOOKING
+        wait.look_at_s = math.inf
         self._lookups[ticket] = wait
+        self._stop_clock(wait, now_s)
         self._start_clock(wait, now_s)
 
-    def _start_clock(self, wait: _Wait, now_s: float) -> None:
+    def _start_clock(self, wait: Wait, now_s: float) -> None:
         wait.begun_s, wait.deadline_s = now_s, now_s + self._config.load_timeout_s
         self._next_expiry_s = min(self._next_expiry_s, wait.deadline_s)
 
-    def _looked(self, wait: _Wait, found: Found | None, now_s: float) -> None:
-        if self._waits.get(wait.request) is not wait:
-            return
-        if found is None or not found.num_blocks:
-            self._over(wait, now_s)
-            return
-        wait.num_found += found.num_blocks
-        wait.phase = LoadPhase.FOUND
-        wait.request.store_wait_s += now_s - wait.begun_s
+    def _stop_clock(self, wait: Wait, now_s: float) -> None:
+        if wait.begun_s < now_s:
+            wait.request.store_wait_s += now_s - wait.begun_s
         wait.begun_s = wait.deadline_s = math.inf
 
-    def _read(self, wait: _Wait, scheduler: Scheduler, now_s: float) -> None:
+    def _looked(self, wait: Wait, found: Found | None, now_s: float) -> None:
+        if self._waits.get(wait.request) is not wait:
+            return
+        if found is None:
+            self._over(wait, now_s, store_failed=True)
+            return
+        wait.num_found += found.num_blocks
+        if wait.flight_ends_s < math.inf:
+            self.num_awaited += found.num_blocks
+        missing = self._reusable_keys(wait.request)[wait.num_found :]
+        limit_s = self._config.single_flight_limit_s(len(missing) * self._blocks.block_size)
+        ticket = self.claims.ask(missing, 2 * limit_s) if missing and limit_s else None
+        if ticket is None:
+            wait.is_behind = False
+            self._go_on(wait, now_s)
+        else:
+            wait.phase = LoadPhase.CLAIMING
+            self._claimings[ticket] = wait
+
+    def _claimed(self, wait: Wait, outcomes: list[ClaimOutcome] | None, now_s: float) -> None:
+        """What is granted is this request's to compute: at once, or when it has what comes before."""
+        from cache_store.client import ClaimOutcome
+
+        request = wait.request
+        missing = self._reusable_keys(request)[wait.num_found :]
+        granted = [key for key, outcome in zip(missing, outcomes or (), strict=False) if outcome is ClaimOutcome.GRANTED]
+        if request.phase is Phase.FINISHED:
+            self.claims.give_up(granted)
+            return
+        self.claims.hold(request, granted)
+        if self._waits.get(request) is wait:
+            wait.is_behind = (
+                outcomes is not None and outcomes[0] is not ClaimOutcome.GRANTED
+            )  # stored meanwhile: worth another look as well
+            self._go_on(wait, now_s)
+
+    def _go_on(self, wait: Wait, now_s: float) -> None:
+        """After all questions: reads what the pages lack of what was found, else waits for another replica, else the wait is over."""
+        keys = wait.request.keys[: wait.num_found]
+        if self._blocks.match(keys) < len(keys):
+            wait.phase = LoadPhase.FOUND
+            self._stop_clock(wait, now_s)
+            return
+        if not wait.is_behind:
+            self._over(wait, now_s)
+            return
+        if wait.flight_ends_s == math.inf:
+            num_missing = len(self._reusable_keys(wait.request)) - wait.num_found
+            wait.flight_ends_s = now_s + self._config.single_flight_limit_s(num_missing * self._blocks.block_size)
+        if now_s >= wait.flight_ends_s:
+            self._over(wait, now_s)
+            return
+        self._stop_clock(wait, now_s)
+        wait.phase = LoadPhase.AWAITING
+        wait.request.load_gate = LoadGate.WAIT
+        wait.begun_s, wait.deadline_s = now_s, wait.flight_ends_s
+        first_s = self._config.single_flight_poll_s
+        wait.look_after_s = min(16 * first_s, max(first_s, 2 * wait.look_after_s))
+        wait.look_at_s = now_s + wait.look_after_s
+        self._next_expiry_s = min(self._next_expiry_s, wait.look_at_s, wait.deadline_s)
+
+    def _read(self, wait: Wait, scheduler: Scheduler, now_s: float) -> None:
         """Acquires what a request still lacks, if it could be admitted with it and nobody else is fetching it."""
         blocks, request = self._blocks, wait.request
         keys = request.keys[: wait.num_found]
         num_hits = blocks.match(keys)
         if num_hits >= len(keys):
-            self._over(wait, now_s)
+            self._go_on(wait, now_s)
             return
         held = request.held_pages
         needed = -(-len(request.tokens) // blocks.block_size) - num_hits + len(scheduler.running)
@@ -211,15 +268,15 @@ class KvLoads:
         wanted = list(itertools.takewhile(lambda key: key not in self._loading, keys[num_hits : num_hits + count]))
         ticket = self._port.ask(Acquire(wanted, self._config.lease_ttl_s))
         if ticket is None:
-            self._over(wait, now_s)
+            self._over(wait, now_s, store_failed=True)
             return
         held.extend(blocks.pin_published(keys[len(held) : num_hits]))
         parents = [keys[num_hits - 1] if num_hits else request.root, *wanted[:-1]]
-        self._acquires[ticket] = _Job(wait, num_hits, wanted, parents)
+        self._acquires[ticket] = Job(wait, num_hits, wanted, parents)
         self._loading.update(wanted)
         wait.phase = LoadPhase.ACQUIRING
 
-    def _acquired(self, job: _Job, acquired: Acquired | None, now_s: float) -> None:
+    def _acquired(self, job: Job, acquired: Acquired | None, now_s: float) -> None:
         """Slots are pinned: pages for them, and copies for the next plan."""
         blocks = self._blocks
         if acquired is not None and acquired.lease_id:
@@ -247,7 +304,7 @@ class KvLoads:
         if not job.num_open:
             self._finish(job, now_s)
 
-    def _finish(self, job: _Job, now_s: float) -> None:
+    def _finish(self, job: Job, now_s: float) -> None:
         """Every copy is answered: the good leading blocks are published, the lease ends, the request goes on."""
         blocks = self._blocks
         num_good = next((i for i, good in enumerate(job.good) if not good), len(job.good))
@@ -263,36 +320,46 @@ class KvLoads:
             self.leases.release(job.lease_id)
             self.leases.flush()
 
-    def _hand_over(self, job: _Job, wait: _Wait, num_good: int, now_s: float) -> None:
+    def _hand_over(self, job: Job, wait: Wait, num_good: int, now_s: float) -> None:
         request = wait.request
         for position in range(num_good):
             if job.pages[position] is not None:
                 request.load_tiers[job.first + position] = job.tiers[position]
+                request.bytes_loaded += self._block_bytes
         if len(request.held_pages) == job.first:
             keys = job.keys[:num_good]
             request.held_pages.extend(self._blocks.pin_published(keys[: self._blocks.match(keys)]))
         if num_good == len(job.keys):
             wait.phase = LoadPhase.FOUND  # perhaps there is more
-        else:
-            self._over(wait, now_s)
+        else:  # a copy that failed; or else blocks were evicted since they were found
+            self._over(wait, now_s, store_failed=num_good < len(job.good))
 
-    def _over(self, wait: _Wait, now_s: float) -> None:
+    def _over(self, wait: Wait, now_s: float, *, store_failed: bool = False) -> None:
         """The request waits for the store no longer."""
         del self._waits[wait.request]
+        wait.request.store_failed |= store_failed
         wait.request.load_gate = LoadGate.OPEN
-        if wait.begun_s < now_s:
-            wait.request.store_wait_s += now_s - wait.begun_s
+        self._stop_clock(wait, now_s)
         for job in self._jobs():
             if job.wait is wait:
                 job.wait = None
 
-    def _jobs(self) -> list[_Job]:
+    def _jobs(self) -> list[Job]:
         return [*self._acquires.values(), *(job for job, _ in self._open.values())]
 
     def _expire(self, now_s: float) -> None:
+        """Ends what is past its deadline, and looks again for what is computed elsewhere: once for each block that is waited for."""
         for wait in [wait for wait in self._waits.values() if wait.deadline_s <= now_s]:
-            self._over(wait, now_s)
-        self._next_expiry_s = min((wait.deadline_s for wait in self._waits.values()), default=math.inf)
+            self._over(wait, now_s, store_failed=wait.phase is not LoadPhase.AWAITING)
+        asked: set[BlockKey] = set()
+        for wait in [wait for wait in self._waits.values() if wait.look_at_s <= now_s]:
+            key = wait.request.keys[wait.num_found]
+            if key in asked:
+                wait.look_at_s = now_s + wait.look_after_s
+            else:
+                asked.add(key)
+                self._look(wait, now_s)
+        self._next_expiry_s = min((min(wait.deadline_s, wait.look_at_s) for wait in self._waits.values()), default=math.inf)
 
     def check(self) -> list[str]:
         """Every violated invariant, in words; empty when all is well."""

@@ -12,7 +12,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from cache_store.keys import BlockKey, block_key
-from runtime.request import CachedTokens
+from runtime.request import CachedTokens, Receipt
 from workers.step import SamplingSettings, StepRow
 
 RequestKey = tuple[int, str]  # (stream, request id): ids are scoped by the front door's stream
@@ -68,6 +68,7 @@ class LiveRequest:
         "admitted_s",
         "arrival",
         "arrived_s",
+        "bytes_loaded",
         "cached",
         "decode_row",
         "first_output_sent",
@@ -88,9 +89,11 @@ class LiveRequest:
         "pages",
         "phase",
         "plan_limit",
+        "receipt",
         "request",
         "root",
         "row_id",
+        "store_failed",
         "store_wait_s",
         "tokens",
         "waits_for",
@@ -118,6 +121,7 @@ class LiveRequest:
         self.decode_row = StepRow(0, 1, 0, 0, [])  # the scheduler; the same tuple for every step that appends no page
         self.waits_for: BlockKey | None = None  # a key that a running row is about to publish; the scheduler
         self.cached: CachedTokens | None = None  # as of first admission; the scheduler
+        self.receipt: Receipt | None = None  # as of first admission; the scheduler
         self.admitted_s: float | None = None  # of first admission; the engine
 
         self.num_confirmed = 0  # positions whose keys and values are in `pages` by a result; outputs (the scheduler at admission)
@@ -129,6 +133,8 @@ class LiveRequest:
         self.load_tiers: dict[int, str] = {}  # block index -> tier it was loaded from; kv_loads
         self.held_pages: list[int] = []  # pinned while waiting for admission; kv_loads, ended by the scheduler
         self.store_wait_s = 0.0  # kv_loads
+        self.store_failed = False  # it could not say or deliver what it has of the prefix; kv_loads
+        self.bytes_loaded = 0  # of blocks read for this request; kv_loads
 
     @property
     def key(self) -> RequestKey:

@@ -12,7 +12,7 @@ from runtime.engine.block_manager import BlockManager, Published
 from runtime.engine.frames import RequestOutput
 from runtime.engine.live import LiveRequest, Phase
 from runtime.engine.scheduler import Launched
-from runtime.request import FinishReason
+from runtime.request import CachedTokens, FinishReason, Receipt
 from workers.step import RowResult, StepResult
 
 
@@ -90,7 +90,7 @@ class Outputs:
         """Adds what the first and the last output carry."""
         if not request.first_output_sent:
             request.first_output_sent = True
-            output = output._replace(cached=list(request.cached or (0, 0, 0, 0)))
+            output = output._replace(cached=list(request.cached or CachedTokens()), receipt=list(request.receipt or Receipt()))
         if reason is not None:
             output = output._replace(finish_reason=reason.value, timings=_timings(request, now_s))
         return output

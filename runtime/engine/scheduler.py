@@ -25,6 +25,7 @@ from cache_store.keys import BlockKey
 from runtime.engine.block_manager import BlockManager
 from runtime.engine.config import EngineConfig
 from runtime.engine.live import LiveRequest, LoadGate, Phase
+from runtime.engine.receipts import FirstBlocks, make_receipt
 from runtime.request import CachedTokens
 from workers.step import BlockCopy, NewRow, StepPlan, StepRow
 
@@ -72,6 +73,7 @@ class Scheduler:
         self.sequence = 0  # of the last plan
         self._config = config
         self._blocks = blocks
+        self._first_blocks = FirstBlocks()
         self._rows_out: list[int] = []
         self._row_ids = itertools.count(1)
         self._waiting_tokens = 0
@@ -264,6 +266,7 @@ class Scheduler:
         request.num_published = num_hits
         if request.cached is None:
             request.cached = _cached_tokens(request, num_hits, blocks.block_size)
+            request.receipt = make_receipt(request, num_hits, blocks, self._first_blocks, prefix_caching=self._config.prefix_caching)
         if self._config.prefix_caching:
             blocks.announce(request.keys[num_hits:], request.row_id)
         self._running_prompt_tokens += _prompt_left(request)

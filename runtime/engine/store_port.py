@@ -23,7 +23,7 @@ from runtime.loop import LoopThread
 from workers.step import ArenaSpec
 
 if TYPE_CHECKING:
-    from cache_store.client import Acquired, Attached, CommitOutcome, Found, Reserved, StoreClient
+    from cache_store.client import Acquired, Attached, ClaimOutcome, CommitOutcome, Found, Reserved, StoreClient
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,13 @@ class Lookup(NamedTuple):
     """-> Found"""
 
     keys: list[BlockKey]
+
+
+class Claim(NamedTuple):
+    """-> list[ClaimOutcome]"""
+
+    keys: list[BlockKey]
+    ttl_s: float
 
 
 class Acquire(NamedTuple):
@@ -68,12 +75,12 @@ class Release(NamedTuple):
     lease_ids: list[int]
 
 
-Question = Lookup | Acquire | Reserve | Commit | Release
+Question = Lookup | Claim | Acquire | Reserve | Commit | Release
 
 
 class StoreAnswer(NamedTuple):
     ticket: int
-    reply: Found | Acquired | Reserved | list[CommitOutcome] | int | None  # None: the store could not be asked
+    reply: Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int | None  # None: the store could not be asked
 
 
 class StoreReady(NamedTuple):
@@ -295,10 +302,12 @@ class RemoteStore:
         await client.close()
 
 
-async def _call(client: StoreClient, question: Question) -> Found | Acquired | Reserved | list[CommitOutcome] | int:
+async def _call(client: StoreClient, question: Question) -> Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int:
     match question:
         case Lookup(keys):
             return await client.lookup(keys)
+        case Claim(keys, ttl_s):
+            return await client.claim(keys, ttl_s)
         case Acquire(keys, ttl_s):
             return await client.acquire(keys, ttl_s)
         case Reserve(keys, parents, first, ttl_s):

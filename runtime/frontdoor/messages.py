@@ -43,6 +43,9 @@ def _finished(event: Finished) -> pb.Finished:
             num_completion_tokens=usage.num_completion_tokens,
             num_cached_tokens=usage.cached.total,
             cached_tokens_by_tier=dict(zip(TIERS, usage.cached, strict=True)),
+            num_computed_tokens=usage.receipt.num_computed_tokens,
+            bytes_loaded=usage.receipt.bytes_loaded,
+            not_reused_tokens_by_reason=usage.receipt.not_reused,
         ),
         timings=pb.Timings(**event.timings._asdict()),
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from runtime.engine.frames import RequestOutput
 from runtime.frontdoor.record import RequestRecord
 from runtime.metrics import FrontDoorMetrics
-from runtime.request import TIERS, CachedTokens, FinishReason, Timings, ValidRequest
+from runtime.request import TIERS, CachedTokens, FinishReason, Receipt, Timings, ValidRequest
 from runtime.routing.router import Dispatch, Router
 from runtime.text.detokenize import Detokenizer
 from runtime.text.stop import OutputPiece, OutputText
@@ -42,6 +42,7 @@ class Usage(NamedTuple):
     num_prompt_tokens: int
     num_completion_tokens: int
     cached: CachedTokens
+    receipt: Receipt = Receipt()
 
 
 class Finished(NamedTuple):
@@ -112,12 +113,14 @@ class _Progress:
         self._metrics = metrics
         self._record = record
         self._last_event_s = 0.0  # of the last event with tokens; 0 before the first
+        self._receipt = Receipt()
         record.num_prompt_tokens = len(request.prompt_token_ids)
         record.num_completion_tokens = len(request.output_token_ids)
 
     def events(self, batch: list[RequestOutput], replica_id: str) -> Iterator[Event]:
         first = batch[0]
         if self._record.cached is None:  # also for a request that ended before it was admitted
+            self._receipt = Receipt(*first.receipt) if first.receipt is not None else Receipt()
             yield self._start(CachedTokens(*first.cached) if first.cached is not None else CachedTokens(), replica_id)
         for group in _grouped(batch):
             yield from self._prompt_logprobs(group)
@@ -184,7 +187,7 @@ class _Progress:
         metrics.store_wait_s.observe(store_wait_s)
         metrics.request_prompt_tokens.observe(record.num_prompt_tokens)
         metrics.request_output_tokens.observe(record.num_completion_tokens)
-        usage = Usage(record.num_prompt_tokens, record.num_completion_tokens, record.cached or CachedTokens())
+        usage = Usage(record.num_prompt_tokens, record.num_completion_tokens, record.cached or CachedTokens(), self._receipt)
         return Finished(reason, match, usage, Timings(queue_s, store_wait_s, record.ttft_s or 0.0, total_s))
 
 

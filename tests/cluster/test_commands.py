@@ -62,6 +62,9 @@ def test_generate_offline_prints_one_json_line(tiny_mla: Path) -> None:
         "completion_tokens": 6,
         "cached_tokens": 0,
         "cached_tokens_by_tier": {"pages": 0, "dram": 0, "disk": 0, "peer": 0},
+        "computed_tokens": 3,
+        "bytes_loaded": 0,
+        "not_reused_tokens_by_reason": {"partial_block": 3},
     }
     assert set(printed["timings"]) == {"queue_s", "ttft_s", "store_wait_s", "total_s"}
 

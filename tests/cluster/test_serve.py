@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -38,6 +39,16 @@ def test_a_deployment_from_start_to_ctrl_c(serve: Callable[..., Served], client_
     other_salt = client.generate(ids_request([*shared, 7], cache_salt="other"), 30.0)
     assert other_salt.usage["cached_tokens"] == 0
     assert other_salt.token_ids == answers[0].token_ids
+    assert other_salt.usage["not_reused_tokens_by_reason"] == {"other_namespace": 256, "partial_block": 1}
+    assert answers[1].usage["bytes_loaded"] > 0
+    assert answers[1].usage["not_reused_tokens_by_reason"] == {"partial_block": 1}
+
+    at_once = prompt(2, 256)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda last: client.generate(ids_request([*at_once, last]), 30.0), range(10, 18)))
+    assert len({answer.replica_id for answer in together}) == 2
+    computed = sum(answer.usage["computed_tokens"] for answer in together)
+    assert computed <= 2 * len(at_once) + 8, "on each replica at most once; on one of them only, unless the other ran out of patience"
 
     [card] = client.models().models
     assert (card.architecture, card.vocab_size, card.takes_text) == ("DeepseekV3ForCausalLM", 512, False)

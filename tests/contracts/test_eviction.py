@@ -111,4 +111,4 @@ def test_a_hot_exposed_block_does_not_grow_the_heap() -> None:
     policy.exposed(name(1))
     for _ in range(10_000):
         policy.accessed([name(1)])
-    assert len(policy._heap) < 200
+    assert len(policy._exposed._heap) < 200

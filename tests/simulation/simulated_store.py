@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 from simulated_group import NUM_PARTS, Arena, SimulatedGroup, Slot
 
-from cache_store.client import Acquired, CommitOutcome, Found, Reserved, ReservedSlot, ReserveOutcome
+from cache_store.client import Acquired, ClaimOutcome, CommitOutcome, Found, Reserved, ReservedSlot, ReserveOutcome
 from cache_store.client import Slot as AcquiredSlot
 from cache_store.keys import BlockKey, Layout
 from runtime.engine.store_port import (
     Acquire,
+    Claim,
     Commit,
     Lookup,
     Question,
@@ -47,14 +48,28 @@ class _Lease:
 class SimulatedStore:
     """A StorePort. `roots` are the parents of first blocks."""
 
-    def __init__(self, rng: random.Random, num_slots: int, roots: set[BlockKey], *, refusals: float = 0.0, lateness: float = 0.5) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        num_slots: int,
+        roots: set[BlockKey],
+        *,
+        refusals: float = 0.0,
+        lateness: float = 0.5,
+        elsewhere: float = 0.0,
+    ) -> None:
+        """`elsewhere`: how often a block that is claimed turns out to be computed by another replica, which then delivers it or dies."""
         self.roots = roots
         self.num_restarts = 0
         self.num_loaded = 0
         self.num_committed = 0
         self.group: SimulatedGroup | None = None
         self._rng, self._num_slots = rng, num_slots
-        self._refusals, self._lateness = refusals, lateness
+        self._refusals, self._lateness, self._elsewhere = refusals, lateness, elsewhere
+        self.num_delivered = 0  # blocks of the other replica
+        self._claimed: set[BlockKey] = set()  # by the engine
+        self._foreign: dict[BlockKey, int] = {}  # computed by another replica -> claims until it is there
+        self._bytes: dict[BlockKey, tuple[int, ...]] = {}  # what was ever committed
         self._state = StoreState.CONNECTING
         self._wake: Callable[[], None] = lambda: None
         self._open: list[tuple[int, Question]] = []
@@ -104,6 +119,8 @@ class SimulatedStore:
         self._open.clear()
         self._events.append(StoreLost("restarted"))
         self._leases = {}
+        self._claimed.clear()
+        self._foreign.clear()
 
     def ask(self, question: Question) -> int | None:
         if self._state is not StoreState.READY or len(self._open) >= 8:
@@ -151,6 +168,10 @@ class SimulatedStore:
             case Lookup(keys):
                 num_blocks = self._num_leading(keys)
                 return Found(num_blocks, [("dram", num_blocks)])
+            case Claim(keys, ttl_s):
+                assert ttl_s > 0
+                assert keys
+                return [self._claim(key, ttl_s) for key in keys]
             case Acquire(keys, ttl_s):
                 assert ttl_s > 0
                 return self._acquire(keys)
@@ -165,6 +186,42 @@ class SimulatedStore:
 
     def _num_leading(self, keys: list[BlockKey]) -> int:
         return next((count for count, key in enumerate(keys) if key not in self._blocks), len(keys))
+
+    def _claim(self, key: BlockKey, ttl_s: float) -> ClaimOutcome:
+        if key in self._blocks:
+            return ClaimOutcome.STORED
+        if ttl_s < 0.01:  # given up
+            self._claimed.discard(key)
+            return ClaimOutcome.GRANTED
+        if key not in self._claimed and key not in self._foreign and self._rng.random() < self._elsewhere:
+            self._foreign[key] = self._rng.randint(1, 6)
+        if key in self._foreign:
+            self._foreign[key] -= 1
+            if self._foreign[key]:
+                return ClaimOutcome.ELSEWHERE
+            del self._foreign[key]
+            if self._deliver(key):
+                return ClaimOutcome.STORED
+        self._claimed.add(key)
+        return ClaimOutcome.GRANTED
+
+    def _deliver(self, key: BlockKey) -> bool:
+        """The other replica writes a block. False when it cannot: then it has died."""
+        writing = {other for lease in self._leases.values() for other in lease.reserved}
+        parent = self._parents.get(key)
+        if not self._free:
+            self.evict_one(keep=self._parents.get(key))
+        if key not in self._bytes or key in writing or not self._free:
+            return False
+        if parent is None or (parent not in self._blocks and parent not in self.roots):
+            return False
+        offset = self._free.pop()
+        slot = self._arena.slots[offset]
+        slot.generation += 1
+        slot.content = self._bytes[key]
+        self._blocks[key] = _Block(offset, slot.generation, self._content[key])
+        self.num_delivered += 1
+        return True
 
     def _acquire(self, keys: list[BlockKey]) -> Acquired:
         assert len(set(keys)) == len(keys)
@@ -237,6 +294,10 @@ class SimulatedStore:
         writing = {other for lease in self._leases.values() for other in lease.reserved}
         assert parent not in writing or self._is_being_released(parent), "a block is committed before its parent"
         self._blocks[key] = _Block(offset, generation, checksums)
+        self._claimed.discard(key)
+        content = self._arena.slots[offset].content
+        assert content is not None
+        self._bytes[key] = content
         self.num_committed += 1
         return CommitOutcome.COMMITTED
 

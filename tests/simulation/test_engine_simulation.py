@@ -47,6 +47,7 @@ class Shape:
     arrivals: float = 0.3
     lateness: float = 0.5
     prefix_caching: bool = True
+    elsewhere: float = 0.0
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Told:
     scored: list[float] = field(default_factory=list)
     num_logprobs: int = 0
     cached: list[int] | None = None
+    receipt: list[object] | None = None
     finish_reason: str | None = None
     error: list[str] | None = None
     abort_reason: str | None = None
@@ -69,7 +71,7 @@ class Told:
     def take(self, output: RequestOutput) -> None:
         assert not self.is_over, "an output after the last one"
         assert (self.cached is None) == (output.cached is not None), "cached comes with the first output, and only then"
-        self.cached = self.cached or output.cached
+        self.cached, self.receipt = self.cached or output.cached, self.receipt or output.receipt
         self.token_ids += output.token_ids
         self.num_logprobs += len(output.logprobs or ())
         self.scored += [entry[0][1] for entry in output.prompt_logprobs or ()]
@@ -98,7 +100,9 @@ class Run:
         self.clock = Clock()
         info = make_info(shape.num_pages, shape.block_size, shape.max_model_len)
         self.group = SimulatedGroup(info, rng, self.clock, copy_failures=shape.copy_failures, lateness=shape.lateness)
-        self.store = SimulatedStore(rng, shape.num_slots, set(), refusals=shape.refusals) if shape.with_store else None
+        self.store = (
+            SimulatedStore(rng, shape.num_slots, set(), refusals=shape.refusals, elsewhere=shape.elsewhere) if shape.with_store else None
+        )
         if self.store:
             self.store.group = self.group
         config = EngineConfig(
@@ -114,6 +118,8 @@ class Run:
             offer_batch_blocks=4,
             offer_retry_s=0.01,
             prefix_caching=shape.prefix_caching,
+            single_flight_timeout_s=rng.choice((0.005, 0.5)),
+            single_flight_poll_s=0.002,
         )
         self.requests: dict[RequestKey, EngineRequest] = {}
         self.told: dict[RequestKey, Told] = {}
@@ -223,6 +229,7 @@ class Run:
         assert self.is_settled(), stats
         assert self.engine.check() == []
         assert self.engine.blocks.num_used == 0
+        assert self.engine.loads.claims.num_blocks == 0
         assert stats.num_running == stats.num_waiting == 0
         assert self.engine.load == Load(0, 0, 0)
         if self.store:
@@ -234,6 +241,11 @@ class Run:
         expected, reason = expected_output(request, self.shape.max_model_len)
         assert told.cached is not None
         assert sum(told.cached) <= len(request.prompt) - 1
+        assert told.receipt is not None
+        num_computed, bytes_loaded, reasons = told.receipt
+        assert num_computed in (0, len(request.prompt) - sum(told.cached))
+        assert sum(reasons.values()) == num_computed
+        assert bytes_loaded or not told.cached[1]
         if told.error is not None:
             assert told.error[0] == "DeadlinePassed"
             assert request.deadline_s is not None or told.abort_reason == "deadline"
@@ -264,6 +276,9 @@ SHAPES = {
     "small store": Shape(num_slots=20, refusals=0.3),
     "failing copies": Shape(copy_failures=0.5),
     "restarting store": Shape(restarts=0.01, copy_failures=0.1, arrivals=0.1),
+    "another replica": Shape(elsewhere=0.5, num_slots=40, num_pages=24),
+    "another replica, aborts": Shape(elsewhere=0.5, aborts=0.05, num_slots=40, num_pages=24),
+    "another replica, restarts": Shape(elsewhere=0.5, restarts=0.01, copy_failures=0.1, arrivals=0.1),
     "restarts and few pages": Shape(restarts=0.01, num_pages=20, arrivals=0.1, aborts=0.03),
     "aborts": Shape(aborts=0.2, num_pages=24),
     "late results": Shape(lateness=0.9, num_pages=24),
@@ -276,16 +291,19 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_request_gets_its_own_tokens(name: str) -> None:
-    preemptions = hits = loads = 0
+    preemptions = hits = loads = delivered = 0
     for seed in range(NUM_SEEDS):
         run = Run(seed, SHAPES[name])
         run.run()
         preemptions += run.engine.stats().num_preemptions
+        delivered += run.store.num_delivered if run.store else 0
         hits += sum(sum(told.cached or ()) for told in run.told.values())
         loads += sum((told.cached or [0, 0])[1] for told in run.told.values())
     shape = SHAPES[name]
     assert (hits > 0) == shape.prefix_caching
     if shape.num_pages == 18:
         assert preemptions > 0, "the shape is there to preempt"
+    if shape.elsewhere:
+        assert delivered > 0, "the shape is there to wait for another replica"
     if shape.with_store and shape.prefix_caching and name != "failing copies":
         assert loads > 0, "the shape is there to load"

@@ -7,11 +7,11 @@ import itertools
 import pytest
 from engine_parts import BLOCK_SIZE, ROOT, Bench, ScriptedPort
 
-from cache_store.client import Acquired, Found, Slot
+from cache_store.client import Acquired, ClaimOutcome, Found, Slot
 from cache_store.keys import chain_keys
 from runtime.engine.kv_loads import KvLoads
 from runtime.engine.live import LiveRequest, LoadGate
-from runtime.engine.store_port import Acquire, Lookup, Release, StoreAnswer, StoreState
+from runtime.engine.store_port import Acquire, Claim, Lookup, Release, StoreAnswer, StoreState
 from workers.step import BlockCopy, CopyResult
 
 PROMPT = list(range(100, 118))  # four full blocks and two tokens
@@ -22,9 +22,11 @@ class LoadBench(Bench):
         num_pages = config.pop("num_pages", 40)
         super().__init__(num_pages=num_pages, load_timeout_s=2.0, **config)  # type: ignore[arg-type]
         self.port = ScriptedPort()
-        self.loads = KvLoads(self.config, self.blocks, self.port, itertools.count(1))
+        self.loads = KvLoads(self.config, self.blocks, self.port, itertools.count(1), block_bytes=100)
         self.now_s = 10.0
         self.copies: list[BlockCopy] = []
+        self.claim_outcome: ClaimOutcome | None = ClaimOutcome.GRANTED  # None: claims stay open
+        self.claims: list[Claim] = []
 
     def arrive(self, name: str = "a", prompt: list[int] = PROMPT) -> LiveRequest:
         live = self.add(name, prompt)
@@ -35,6 +37,12 @@ class LoadBench(Bench):
     def advance(self) -> None:
         self.loads.advance(self.scheduler, self.now_s)
         self.copies += self.loads.take_copies()
+        while self.claim_outcome and (claims := [(ticket, each) for ticket, each in self.port.asked if isinstance(each, Claim)]):
+            for ticket, claim in claims:
+                self.port.asked.remove((ticket, claim))
+                self.claims.append(claim)
+                assert self.loads.answered(StoreAnswer(ticket, [self.claim_outcome] * len(claim.keys)), self.now_s)
+            self.loads.advance(self.scheduler, self.now_s)
 
     def answer(self, kind: type, reply: object) -> object:
         ticket, question = self.port.take(kind)
@@ -334,3 +342,151 @@ def test_only_those_near_the_head_of_the_queue_are_looked_up() -> None:
     bench.plan()
     bench.advance()
     assert len(bench.port.asked) == 2, "one was answered, its request admitted, and the third came near"
+
+
+def behind_another_replica(**config: object) -> tuple[LoadBench, LiveRequest]:
+    bench = LoadBench(**config)
+    bench.claim_outcome = ClaimOutcome.ELSEWHERE
+    live = bench.arrive()
+    bench.find(0)
+    return bench, live
+
+
+def test_what_the_store_lacks_is_claimed_and_then_computed() -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.find(1)
+    bench.grant(1)
+    keys = chain_keys(ROOT, PROMPT, BLOCK_SIZE)
+    assert [claim.keys for claim in bench.claims] == [keys[1:]]
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.OPEN
+    assert bench.loads.claims.num_blocks == 3
+    bench.loads.ended(live)
+    assert bench.loads.claims.num_blocks == 0
+
+
+def test_a_block_that_another_replica_computes_is_waited_for() -> None:
+    bench, live = behind_another_replica()
+    assert live.load_gate is LoadGate.WAIT
+    assert bench.port.asked == []
+    assert bench.loads.next_deadline_s == pytest.approx(10.005)
+    bench.now_s = bench.loads.next_deadline_s
+    bench.advance()
+    bench.find(0)
+    assert live.load_gate is LoadGate.WAIT
+    assert bench.loads.next_deadline_s == pytest.approx(10.015), "it looks less and less often"
+    bench.now_s = bench.loads.next_deadline_s
+    bench.advance()
+    bench.find(4)
+    bench.grant(4)
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.OPEN
+    assert live.store_wait_s == pytest.approx(0.015)
+    bench.plan()
+    assert live.cached == (0, 16, 0, 0)
+    bench.settled()
+
+
+def test_blocks_are_loaded_as_the_other_replica_delivers_them() -> None:
+    bench, live = behind_another_replica()
+    bench.now_s = bench.loads.next_deadline_s
+    bench.advance()
+    bench.find(2)
+    bench.grant(2)
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.WAIT, "the other two are still to come"
+    assert bench.port.take(Release)[1] == Release([5])
+    bench.now_s = bench.loads.next_deadline_s
+    bench.advance()
+    assert bench.find(2) == Lookup(live.keys[2:])
+    bench.grant(2)
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.OPEN
+    bench.settled()
+
+
+def test_another_replica_that_gives_up_is_followed_at_the_next_look() -> None:
+    bench, live = behind_another_replica()
+    bench.claim_outcome = ClaimOutcome.GRANTED
+    bench.now_s = bench.loads.next_deadline_s
+    bench.advance()
+    bench.find(0)
+    assert live.load_gate is LoadGate.OPEN
+    assert bench.plan() == {"a": 16}
+
+
+def test_nobody_waits_for_another_replica_for_ever() -> None:
+    bench, live = behind_another_replica(single_flight_timeout_s=0.5)
+    while live.load_gate is LoadGate.WAIT and bench.now_s < 20:
+        bench.now_s = bench.loads.next_deadline_s
+        bench.advance()
+        if bench.port.asked:
+            bench.find(0)
+    assert bench.now_s == pytest.approx(10.5)
+    assert live.load_gate is LoadGate.OPEN
+    assert bench.plan() == {"a": 16}
+
+
+def test_the_wait_for_another_replica_grows_with_the_tokens_up_to_a_bound() -> None:
+    config = LoadBench(single_flight_timeout_s=0.5, single_flight_max_s=3.0).config
+    assert [config.single_flight_limit_s(tokens) for tokens in (16, 1000, 4000, 100_000)] == [0.5, 0.5, 2.0, 3.0]
+
+
+def test_single_flight_can_be_turned_off() -> None:
+    bench = LoadBench(single_flight_timeout_s=0.0)
+    live = bench.arrive()
+    bench.find(0)
+    assert bench.claims == []
+    assert live.load_gate is LoadGate.OPEN
+
+
+def test_many_that_wait_for_one_block_look_once() -> None:
+    bench, _ = behind_another_replica()
+    for i in range(3):
+        bench.arrive(f"r{i}")
+        bench.find(0)
+    bench.now_s += 0.1
+    bench.advance()
+    assert len(bench.port.asked) == 1
+
+
+def test_claims_of_an_aborted_request_are_given_up_but_for_those_that_another_needs() -> None:
+    bench = LoadBench()
+    first = bench.arrive("a")
+    bench.find(0)
+    second = bench.arrive("b", [*PROMPT[:8], *range(10)])
+    bench.find(0)
+    keys = first.keys
+    for request in (first, second):
+        bench.loads.ended(request)
+        bench.scheduler.remove(request)
+        bench.advance()
+    given_up = [set(claim.keys) for claim in bench.claims[2:]]
+    assert given_up == [set(keys[2:]), set(second.keys)]
+    assert all(claim.ttl_s <= 0.001 for claim in bench.claims[2:])
+    assert bench.loads.claims.num_blocks == 0
+
+
+def test_a_claim_that_is_granted_too_late_is_given_up() -> None:
+    bench = LoadBench()
+    bench.claim_outcome = None
+    live = bench.arrive()
+    bench.find(0)
+    bench.loads.ended(live)
+    bench.scheduler.remove(live)
+    bench.claim_outcome = ClaimOutcome.GRANTED
+    bench.advance()
+    bench.advance()
+    assert [claim.ttl_s <= 0.001 for claim in bench.claims] == [False, True]
+
+
+def test_a_lost_store_forgets_claims() -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.find(0)
+    bench.port.state = StoreState.LOST
+    bench.loads.lost(bench.now_s)
+    assert bench.loads.claims.num_blocks == 0
+    bench.loads.ended(live)
+    bench.settled()

@@ -31,7 +31,7 @@ def test_the_first_output_carries_what_was_cached_and_the_last_the_reason() -> N
         bench.plan()
         apply(bench, RowResult(0, [token]))
     first, second, last = told(bench)
-    assert first == RequestOutput("a", [11], cached=[0, 0, 0, 0])
+    assert first == RequestOutput("a", [11], cached=[0, 0, 0, 0], receipt=[3, 0, {"partial_block": 3}])
     assert second == RequestOutput("a", [12])
     assert last == RequestOutput("a", [13], finish_reason="length", timings=[3.5, 1.5])
     assert bench.outputs.take() == {}
@@ -115,10 +115,10 @@ def test_an_end_from_outside_is_told_once_with_everything() -> None:
     live = bench.add("a", 3)
     live.store_wait_s = 0.25
     bench.outputs.end(live, 2.0, reason=FinishReason.ABORT)
-    assert told(bench) == [RequestOutput("a", [], cached=[0, 0, 0, 0], finish_reason="abort", timings=[1.75, 0.25])]
+    assert told(bench) == [RequestOutput("a", [], cached=[0, 0, 0, 0], finish_reason="abort", timings=[1.75, 0.25], receipt=[0, 0, {}])]
     other = bench.add("b", 3)
     bench.outputs.end(other, 2.0, error=("DeadlinePassed", "late"))
-    assert told(bench) == [RequestOutput("b", [], cached=[0, 0, 0, 0], error=["DeadlinePassed", "late"])]
+    assert told(bench) == [RequestOutput("b", [], cached=[0, 0, 0, 0], error=["DeadlinePassed", "late"], receipt=[0, 0, {}])]
 
 
 def test_outputs_are_sorted_by_stream() -> None:

@@ -188,6 +188,7 @@ def test_an_engine_warms_a_store_and_is_warmed_by_it(store: StoreProcess, rank: 
     with RemoteStore(store.address, SECRET, "two", probe_every_s=0.1) as remote:
         second = run("b", remote, second_group)
         assert second.outputs[0, "b"][0].cached == [0, 40, 0, 0]
+        assert second.outputs[0, "b"][0].receipt == [2, 10 * LAYOUT.block_bytes, {"partial_block": 2}]
         assert second_group.num_computed_tokens <= 2 + 3
         assert second.engine.offers.num_pending == 0, "what came from the store is not offered to it"
         os.kill(store.pid, signal.SIGKILL)

@@ -34,7 +34,8 @@ def tokens_plan(token_ids: list[int] | None = None, cached: tuple[int, int, int,
                 break
         steps = [produced[start : start + tokens_per_step] for start in range(0, len(produced), tokens_per_step)]
         outputs = [RequestOutput(submit.request_id, tokens) for tokens in steps]
-        outputs[0] = outputs[0]._replace(cached=list(cached))
+        num_computed = len(submit.prompt) // 4 - sum(cached)
+        outputs[0] = outputs[0]._replace(cached=list(cached), receipt=[num_computed, 4096, {"cold": num_computed}])
         outputs[-1] = outputs[-1]._replace(finish_reason=reason, timings=[0.25, 0.125])
         return outputs
 

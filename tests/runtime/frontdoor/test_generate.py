@@ -9,6 +9,7 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
+from runtime.client import describe_usage
 from runtime.engine.frames import RequestOutput, Submit
 from runtime.text.tokenizer import Tokenizer
 from tests.runtime.frontdoor.conftest import Setup, ids_request, status_of, text_of, tokens_of
@@ -32,6 +33,17 @@ async def test_token_ids_stream_back_with_usage(one: Setup) -> None:
     assert finished.usage.num_completion_tokens == 5
     assert dict(finished.usage.cached_tokens_by_tier) == {"pages": 16, "dram": 0, "disk": 32, "peer": 0}
     assert finished.usage.num_cached_tokens == 48
+    assert (finished.usage.num_computed_tokens, finished.usage.bytes_loaded) == (22, 4096)
+    assert dict(finished.usage.not_reused_tokens_by_reason) == {"cold": 22}
+    assert describe_usage(finished.usage) == {
+        "prompt_tokens": 70,
+        "completion_tokens": 5,
+        "cached_tokens": 48,
+        "cached_tokens_by_tier": {"pages": 16, "dram": 0, "disk": 32, "peer": 0},
+        "computed_tokens": 22,
+        "bytes_loaded": 4096,
+        "not_reused_tokens_by_reason": {"cold": 22},
+    }
     assert (finished.timings.queue_s, finished.timings.store_wait_s) == (0.25, 0.125)
     assert 0 < finished.timings.ttft_s <= finished.timings.total_s
     assert prompt_of(one.engines[0].submitted[0]) == list(range(10, 80))
