@@ -116,8 +116,10 @@ class AttentionBackend(abc.ABC):
 
 
 def make_backend(name: str, shape: AttentionShape, pool: PagePool) -> AttentionBackend:
-    """The backend of that name. "auto": the device's default, or torch_paged where that cannot attend with this shape. UnsupportedConfig for
-    a name that is not in the table, and for a named backend that cannot."""
+    """The backend of that name. "auto": the device's default, or torch_paged where that cannot attend with this shape.
+
+    UnsupportedConfig for a name that is not in the table, and for a named backend that cannot.
+    """
     chosen = DEFAULT_BACKEND[pool.tensor.device.type] if name == "auto" else name
     if chosen not in BACKENDS:
         raise UnsupportedConfig(f"attention backend {chosen!r} is unknown; known: {', '.join(BACKENDS)}")
