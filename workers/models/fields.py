@@ -36,19 +36,28 @@ class Fields:
             raise self.wrong(name, f"an integer of at least {minimum}")
         return value
 
-    def number(self, name: str, default: float | None = None, *, above: float = -math.inf) -> float:
+    def number(self, name: str, default: float | None = None, *, above: float = -math.inf, minimum: float = -math.inf) -> float:
         value = self.raw.get(name)
         if value is None:
             value = default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= above:
-            raise self.wrong(name, "a number" if above == -math.inf else f"a number above {above:g}")
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+            or not value > above
+            or value < minimum
+        ):
+            bound = f" above {above:g}" if above > -math.inf else f" of at least {minimum:g}" if minimum > -math.inf else ""
+            raise self.wrong(name, f"a number{bound}")
         return float(value)
 
-    def numbers(self, name: str) -> tuple[float, ...]:
-        """A list of numbers above 0; empty where there is none."""
+    def numbers(self, name: str, *, above: float) -> tuple[float, ...]:
+        """A list of numbers; empty where there is none."""
         values = self.raw.get(name) or []
-        if not isinstance(values, list) or not all(isinstance(each, int | float) and math.isfinite(each) and each > 0 for each in values):
-            raise self.wrong(name, "a list of numbers above 0")
+        if not isinstance(values, list) or not all(
+            isinstance(each, int | float) and math.isfinite(each) and each > above for each in values
+        ):
+            raise self.wrong(name, f"a list of numbers above {above:g}")
         return tuple(float(each) for each in values)
 
     def flag(self, name: str, default: bool = False) -> bool:
