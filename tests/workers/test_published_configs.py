@@ -146,6 +146,7 @@ ANYTHING = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-2, 3)
+    | st.sampled_from([10**400, -(10**400)])
     | st.integers(-(2**70), 2**70)
     | st.floats()
     | st.sampled_from(["yarn", "longrope", "dynamic", "fp8", "float16", ""]),
