@@ -14,13 +14,13 @@ from rich.console import Console
 
 from protos import inference_pb2 as pb
 from runtime.client import Completion, InferenceClient, collect
+from runtime.commands.models import announce_model
 from runtime.commands.progress import LoadProgress
 from runtime.config import EMBEDDED_MODELS, ServeSettings
 from runtime.controller.deployment import deployed
 from runtime.errors import BadRequest
 from runtime.frontdoor.config import FrontDoorConfig
 from runtime.frontdoor.offline import OfflineDoor
-from workers.models.config import load_model_config
 
 READY_TIMEOUT_S = 1800.0
 
@@ -60,7 +60,7 @@ def generate_remote(address: str, request: pb.GenerateRequest, *, as_json: bool,
 def generate_offline(settings: ServeSettings, request: pb.GenerateRequest, *, as_json: bool, console: Console) -> None:
     """Starts a deployment without a front door, runs the request on it and removes it. No model: the embedded `gqa`."""
     settings = replace(settings, model=settings.model or str(EMBEDDED_MODELS / "gqa"))
-    load_model_config(settings.model)
+    announce_model(settings, console)
     with deployed(settings, front_doors=False) as deployment:
         with LoadProgress(console) as progress:
             deployment.wait_ready(READY_TIMEOUT_S, progress.show)

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cache_store.keys import DTYPE_BYTES
+from runtime.config import ServeSettings
 from workers.checkpoint import DTYPES
 from workers.models import MODELS, Family
-from workers.models.config import ACTIVATIONS, FP8_BLOCK
+from workers.models.config import ACTIVATIONS, FP8_BLOCK, check_tensor_parallel, load_model_config
 from workers.models.experts import SIGMOID_METHODS, SOFTMAX_METHODS
 from workers.models.rope import CAPPED_ROPES, UNCAPPED_ROPES
 
@@ -42,6 +43,15 @@ def models(*, as_json: bool, console: Console) -> None:
         return
     console.print(_family_table())
     console.print(_limit_table())
+
+
+def announce_model(settings: ServeSettings, console: Console) -> None:
+    """Before anything is started: a CheckpointError for a folder or a tensor parallel size that cannot be served, and the model's limits
+    for the user to read."""
+    config = load_model_config(settings.model)
+    check_tensor_parallel(config, settings.tensor_parallel_size)
+    for note in config.notes:
+        console.print(note, highlight=False)
 
 
 def limits() -> list[Limit]:

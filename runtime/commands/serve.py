@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from runtime.commands.models import announce_model
 from runtime.commands.progress import LoadProgress
 from runtime.commands.state_file import RunningDeployment, announced, find_state, remove_state, require_state, write_state
 from runtime.config import ServeSettings
@@ -20,7 +21,6 @@ from runtime.controller.deployment import Deployment, attach, deployed, launch
 from runtime.controller.ray_cluster import ray_session
 from runtime.controller.spec import namespace_of
 from runtime.errors import DeploymentError
-from workers.models.config import load_model_config
 
 READY_TIMEOUT_S = 1800.0
 SHUTDOWN_TIMEOUT_S = 60.0
@@ -28,7 +28,7 @@ SHUTDOWN_TIMEOUT_S = 60.0
 
 def serve(settings: ServeSettings, console: Console) -> None:
     """Runs until Ctrl-C or SIGTERM, then drains and removes the deployment."""
-    load_model_config(settings.model)  # a wrong folder is said before anything is started
+    announce_model(settings, console)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     with deployed(settings) as deployment:
@@ -60,7 +60,7 @@ def _wait_for_interrupt() -> None:
 
 def serve_detached(settings: ServeSettings, console: Console, arguments: list[str]) -> None:
     """Leaves the deployment running: on the Ray cluster of RAY_ADDRESS, else under a process of its own that owns a local one."""
-    load_model_config(settings.model)
+    announce_model(settings, console)
     if find_state(settings.deployment) is not None:
         raise DeploymentError(f"a deployment named {settings.deployment!r} runs already; end it with mobula shutdown")
     if os.environ.get("RAY_ADDRESS"):

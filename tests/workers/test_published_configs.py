@@ -6,9 +6,13 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from workers.errors import CheckpointError
 from workers.kv.layout import page_layout
 from workers.layers.parameter import Placement
+from workers.layers.rotary import inverse_frequencies
 from workers.models.build import outline
 from workers.models.config import load_model_config
 from workers.parallel import Communicator
@@ -136,6 +140,49 @@ CACHED_BYTES_PER_TOKEN = {  # bfloat16
 }
 SOFTMAX_SCALE = {"DeepSeek-V2-Lite": 0.114721, "DeepSeek-V2": 0.135234, "DeepSeek-V3": 0.135234, "Llama-3.1-8B": 128**-0.5}
 WINDOW = {"Mistral-7B-v0.1": 4096}
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 3)
+    | st.sampled_from([10**400, -(10**400)])
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.sampled_from(["yarn", "longrope", "dynamic", "fp8", "float16", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*YARN, *LLAMA3, "short_factor", "rope_theta"]), inner, max_size=5)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(sorted(CONFIGS)), data=st.data())
+def test_whatever_stands_in_a_field_is_read_or_named(tmp_path_factory, name, data):
+    """Any value in any field: a config that the layers could be built from, or an error of ours that names the file."""
+    known = {field for config in CONFIGS.values() for field in config} | {
+        "head_dim",
+        "layer_types",
+        "hidden_act",
+        "rope_parameters",
+        "dtype",
+    }
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(known)), ANYTHING, min_size=1, max_size=3))
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "config.json").write_text(json.dumps({**CONFIGS[name], **changes}))
+    try:
+        config = load_model_config(folder)
+    except CheckpointError as error:
+        named = str(error)
+    else:
+        named = str(folder)
+        assert config.block_digest_input()
+        assert config.softmax_scale > 0
+        frequencies, scale = inverse_frequencies(config.rope, 16 if config.rope.kind != "longrope" else 2 * len(config.rope.short_factor))
+        assert bool(frequencies.isfinite().all())
+        assert scale > 0
+    assert str(folder) in named
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from workers.errors import CheckpointError, UnsupportedConfig
 
@@ -36,19 +37,20 @@ class Fields:
             raise self.wrong(name, f"an integer of at least {minimum}")
         return value
 
-    def number(self, name: str, default: float | None = None, *, above: float = -math.inf) -> float:
+    def number(self, name: str, default: float | None = None, *, above: float = -math.inf, minimum: float = -math.inf) -> float:
         value = self.raw.get(name)
         if value is None:
             value = default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= above:
-            raise self.wrong(name, "a number" if above == -math.inf else f"a number above {above:g}")
+        if not _is_number(value) or not value > above or value < minimum:
+            bound = f" above {above:g}" if above > -math.inf else f" of at least {minimum:g}" if minimum > -math.inf else ""
+            raise self.wrong(name, f"a number{bound}")
         return float(value)
 
-    def numbers(self, name: str) -> tuple[float, ...]:
-        """A list of numbers above 0; empty where there is none."""
+    def numbers(self, name: str, *, above: float) -> tuple[float, ...]:
+        """A list of numbers; empty where there is none."""
         values = self.raw.get(name) or []
-        if not isinstance(values, list) or not all(isinstance(each, int | float) and math.isfinite(each) and each > 0 for each in values):
-            raise self.wrong(name, "a list of numbers above 0")
+        if not isinstance(values, list) or not all(_is_number(each) and each > above for each in values):
+            raise self.wrong(name, f"a list of numbers above {above:g}")
         return tuple(float(each) for each in values)
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -65,3 +67,8 @@ class Fields:
         if not isinstance(value, dict):
             raise self.wrong(name, "an object")
         return Fields(value, self.path, f"{self._prefix}{name}.")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Of a size that a float can hold; JSON's true, NaN and Infinity are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

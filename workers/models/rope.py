@@ -12,6 +12,7 @@ from workers.models.fields import Fields
 
 UNCAPPED_ROPES = ("default", "linear", "llama3", "yarn")
 CAPPED_ROPES = ("dynamic", "longrope")  # a key's bytes depend on the length beyond the original context
+SMALLEST_FACTOR = 1e-3  # frequencies are divided by factors; the ones in use are 1 or more
 _NEED_FACTOR = ("linear", "llama3", "dynamic")
 
 
@@ -62,18 +63,18 @@ def read_rope(config: Fields, rope_dim: int, dim_name: str) -> tuple[RopeConfig,
     default_factor = {"yarn": max_positions / original, "longrope": max_positions / original}.get(kind, 1.0)
     rope = RopeConfig(
         kind=kind,
-        theta=(raw if raw.has("rope_theta") else config).number("rope_theta", 10000.0, above=0),
-        factor=raw.number("factor", None if kind in _NEED_FACTOR else default_factor, above=0),
+        theta=(raw if raw.has("rope_theta") else config).number("rope_theta", 10000.0, above=1),
+        factor=raw.number("factor", None if kind in _NEED_FACTOR else default_factor, above=SMALLEST_FACTOR),
         original_max_position_embeddings=original,
         attention_factor=raw.number("attention_factor", above=0) if raw.has("attention_factor") else None,
         low_freq_factor=raw.number("low_freq_factor", None if kind == "llama3" else 1.0, above=0),
         high_freq_factor=raw.number("high_freq_factor", None if kind == "llama3" else 1.0, above=0),
         beta_fast=raw.number("beta_fast", 0.0) or 32.0,
         beta_slow=raw.number("beta_slow", 0.0) or 1.0,
-        mscale=raw.number("mscale", 0.0),
-        mscale_all_dim=raw.number("mscale_all_dim", 0.0),
+        mscale=raw.number("mscale", 0.0, minimum=0),
+        mscale_all_dim=raw.number("mscale_all_dim", 0.0, minimum=0),
         truncate=raw.flag("truncate", True),
-        short_factor=raw.numbers("short_factor"),
+        short_factor=raw.numbers("short_factor", above=SMALLEST_FACTOR),
     )
     _check(rope, raw, rope_dim)
     notes: tuple[str, ...] = ()
@@ -89,5 +90,7 @@ def _check(rope: RopeConfig, raw: Fields, rope_dim: int) -> None:
         raise raw.wrong("high_freq_factor", f"above low_freq_factor {rope.low_freq_factor:g}")
     if rope.kind == "longrope" and len(rope.short_factor) != rope_dim // 2:
         raise raw.wrong("short_factor", f"a list of {rope_dim // 2} numbers, one per pair of rotated dimensions")
-    if rope.kind == "yarn" and (rope.theta <= 1 or rope.beta_fast <= 0 or rope.beta_slow <= 0):
-        raise raw.unsupported("beta_fast", "yarn needs a rope_theta above 1 and betas above 0")
+    if rope.kind == "longrope" and rope.original_max_position_embeddings < 2:
+        raise raw.unsupported("original_max_position_embeddings", "longrope divides by its logarithm: it must be at least 2")
+    if rope.kind == "yarn" and (rope.beta_fast <= 0 or rope.beta_slow <= 0):
+        raise raw.unsupported("beta_fast", "yarn needs betas above 0")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from runtime.cli import app
+from runtime.commands.models import announce_model
+from runtime.config import ServeSettings
 from workers.errors import CheckpointError
 from workers.models import MODELS
 from workers.models.config import check_tensor_parallel, load_model_config
@@ -86,6 +91,16 @@ def test_the_other_limits_are_tested_where_they_belong(listed: dict[str, list[di
     assert (capped.max_model_len, len(capped.notes)) == (64, 1)
     with pytest.raises(CheckpointError, match="num_attention_heads"):
         check_tensor_parallel(capped, 3)
+
+
+def test_a_model_is_announced_before_anything_is_started(tmp_path: Path) -> None:
+    load(tmp_path, architectures=["LlamaForCausalLM"], rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=64)
+    console = Console(file=io.StringIO(), width=200)
+    settings = ServeSettings(model=str(tmp_path))
+    announce_model(settings, console)
+    assert "rope type dynamic is served up to its original context of 64 tokens" in console.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match="tensor parallel size 3 does not divide num_attention_heads 8"):
+        announce_model(replace(settings, tensor_parallel_size=3), console)
 
 
 def test_the_table_names_every_family() -> None:
