@@ -18,7 +18,7 @@ from runtime.frontdoor.messages import event_message
 from runtime.frontdoor.pipeline import AbortSwitch, Finished, Pipeline
 from runtime.frontdoor.record import RequestRecord
 from runtime.frontdoor.status import StatusReporter
-from runtime.frontdoor.validate import Validator, check_request_id
+from runtime.frontdoor.validate import MAX_ID_CHARS, Validator, check_request_id
 from runtime.metrics import FrontDoorMetrics
 from runtime.text.model_card import ServedModel
 
@@ -47,7 +47,7 @@ class InferenceService(rpc.InferenceServicer):
         self._metrics = metrics
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        record = RequestRecord(request.request_id, self._tenant(context))
+        record = RequestRecord(request.request_id[:MAX_ID_CHARS], self._tenant(context))
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else record.arrived_s + remaining_s
         outcome = "cancelled"
