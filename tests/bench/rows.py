@@ -109,6 +109,8 @@ def write_record(rows: Sequence[Measured]) -> None:
     """Replaces these rows and keeps the others."""
     kept = read_record()["rows"]
     new = {
-        entry.row.key: {"ratio": round(entry.ratio, 4), "of": entry.of, "value": entry.row.value, "unit": entry.row.unit} for entry in rows
+        entry.row.key: {"ratio": round(entry.ratio, 4), "of": entry.of, "value": round(entry.row.value, 4), "unit": entry.row.unit}
+        for entry in rows
+        if entry.row.is_compared
     }
     RECORD.write_text(json.dumps({"machine": machine(), "rows": dict(sorted((kept | new).items()))}, indent=1) + "\n")
