@@ -123,7 +123,7 @@ class MetricsServer:
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
         """Listens at once; OSError when the address is taken. Port 0 picks one."""
         self._server, self._thread = start_http_server(port, addr=host, registry=registry)
-        self.address = f"{host}:{self._server.server_port}"
+        self.address = f"{f'[{host}]' if ':' in host else host}:{self._server.server_port}"
 
     def close(self, timeout_s: float = 5.0) -> None:
         self._server.shutdown()

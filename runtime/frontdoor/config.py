@@ -20,6 +20,7 @@ class FrontDoorConfig:
     max_model_len: int | None = None  # None: what the checkpoint and the replicas say
     max_message_bytes: int = 16 << 20
     max_live_requests: int = 4096
+    write_timeout_s: float = 120.0  # a client that takes nothing from its stream for longer is given up
     keepalive_s: float = 20.0  # how often a connection in use is probed; one that does not answer for as long again is broken
     affinity_limit_tokens: int = 16384  # see runtime.routing.types.PolicySettings
     healthy_for_s: float = 10.0  # a replica that answered nothing for longer does not count as serving

@@ -12,6 +12,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from cache_store.errors import MobulaError
+from protos import inference_pb2
 from runtime.api_keys import Tenants
 from runtime.errors import BadRequest, Overloaded, Unauthenticated, status_of
 from runtime.frontdoor.malformed import describe_malformed
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 OPEN_TO_ALL = "/grpc.health.v1.Health/"  # load balancers have no key
+_METHODS = frozenset(inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods_by_name)
 _MAX_DETAIL_CHARS = 2000  # details travel in trailing metadata, which clients limit to 8 KiB
 
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
@@ -39,9 +41,15 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
                 self._tenants.tenant_of(handler_call_details.invocation_metadata)
             except Unauthenticated as error:
                 code, label = status_of(error)
-                self._on_failure(handler_call_details.method.rpartition("/")[2], label)
+                self._on_failure(_label_of(handler_call_details.method), label)
                 return _refusal(code, str(error))
         return await continuation(handler_call_details)
+
+
+def _label_of(method: str) -> str:
+    """For metrics: whoever calls without a key must not be able to make up labels."""
+    name = method.rpartition("/")[2]
+    return name if name in _METHODS else "other"
 
 
 def _refusal(code: grpc.StatusCode, details: str) -> Any:

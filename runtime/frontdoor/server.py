@@ -53,7 +53,9 @@ class FrontDoor:
         self._live = LiveRequests(config.max_live_requests)
         validator = Validator(model, self._executor, self.router.max_model_len, config.model_names)
         pipeline = Pipeline(self.router, model.tokenizer, self.metrics)
-        self._service = InferenceService(model, validator, pipeline, self._status, self._live, self._tenants, self.metrics)
+        self._service = InferenceService(
+            model, validator, pipeline, self._status, self._live, self._tenants, self.metrics, config.write_timeout_s
+        )
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._metrics_server: MetricsServer | None = None

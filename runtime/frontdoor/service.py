@@ -12,13 +12,13 @@ import grpc.aio
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
 from runtime.api_keys import Tenants
-from runtime.errors import BadRequest, DeadlinePassed, status_of
+from runtime.errors import BadRequest, DeadlinePassed, Overloaded, status_of
 from runtime.frontdoor.live import LiveRequests
 from runtime.frontdoor.messages import event_message
 from runtime.frontdoor.pipeline import AbortSwitch, Finished, Pipeline
 from runtime.frontdoor.record import RequestRecord
 from runtime.frontdoor.status import StatusReporter
-from runtime.frontdoor.validate import Validator, check_request_id
+from runtime.frontdoor.validate import MAX_ID_CHARS, Validator, check_request_id
 from runtime.metrics import FrontDoorMetrics
 from runtime.text.model_card import ServedModel
 
@@ -37,6 +37,7 @@ class InferenceService(rpc.InferenceServicer):
         live: LiveRequests,
         tenants: Tenants,
         metrics: FrontDoorMetrics,
+        write_timeout_s: float,
     ) -> None:
         self._model = model
         self._validator = validator
@@ -44,10 +45,11 @@ class InferenceService(rpc.InferenceServicer):
         self._status = status
         self._live = live
         self._tenants = tenants
+        self._write_timeout_s = write_timeout_s
         self._metrics = metrics
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        record = RequestRecord(request.request_id, self._tenant(context))
+        record = RequestRecord(request.request_id[:MAX_ID_CHARS], self._tenant(context))
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else record.arrived_s + remaining_s
         outcome = "cancelled"
@@ -78,8 +80,16 @@ class InferenceService(rpc.InferenceServicer):
             async for event in events:
                 if isinstance(event, Finished):
                     outcome = event.reason.value
-                await context.write(event_message(event))
+                await self._write(context, event_message(event))
         return outcome
+
+    async def _write(self, context: Context, message: pb.GenerateEvent) -> None:
+        """Waits while the client's window is full. Overloaded when it stays so: a client may be slow, but not keep its place for ever."""
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await context.write(message)
+        except TimeoutError as error:
+            raise Overloaded(f"the client has taken nothing from its stream for {self._write_timeout_s:g} s") from error
 
     def _tenant(self, context: Context) -> str:
         return self._tenants.tenant_of(context.invocation_metadata())

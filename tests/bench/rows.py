@@ -34,6 +34,7 @@ class Row(NamedTuple):
     ok: bool
     reference: float | None = None  # what `value` is compared with, in the same unit and the same run
     reference_name: str = PYTHON_LOOP
+    is_compared: bool = True  # False: a tail, which says more about what else the machine did
 
     @property
     def key(self) -> str:
@@ -55,7 +56,7 @@ class Measured(NamedTuple):
     def verdict(self, recorded: dict[str, Any]) -> str:
         """Against the recorded ratio: empty, or how far it has regressed."""
         before = recorded.get(self.row.key)
-        if before is None or before["of"] != self.of:
+        if before is None or before["of"] != self.of or not self.row.is_compared:
             return ""
         change = self.ratio / before["ratio"] - 1 if before["ratio"] else 0.0
         worse = -change if self.row.is_higher_better else change
@@ -108,6 +109,8 @@ def write_record(rows: Sequence[Measured]) -> None:
     """Replaces these rows and keeps the others."""
     kept = read_record()["rows"]
     new = {
-        entry.row.key: {"ratio": round(entry.ratio, 4), "of": entry.of, "value": entry.row.value, "unit": entry.row.unit} for entry in rows
+        entry.row.key: {"ratio": round(entry.ratio, 4), "of": entry.of, "value": round(entry.row.value, 4), "unit": entry.row.unit}
+        for entry in rows
+        if entry.row.is_compared
     }
     RECORD.write_text(json.dumps({"machine": machine(), "rows": dict(sorted((kept | new).items()))}, indent=1) + "\n")

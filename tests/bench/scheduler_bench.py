@@ -90,5 +90,5 @@ def main() -> list[Row]:
     name = f"scheduler: plan + apply, {NUM_ROWS} rows decoding"
     return [
         Row(f"{name}, p50", p50, "ms", f"<= {BUDGET_MS:g} ms", p50 <= BUDGET_MS, bare, "a bare loop over the rows"),
-        Row(f"{name}, p99", p99, "ms", "printed", True, bare, "a bare loop over the rows"),
+        Row(f"{name}, p99", p99, "ms", "printed", True, bare, "a bare loop over the rows", is_compared=False),
     ]

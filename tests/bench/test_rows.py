@@ -61,4 +61,6 @@ def test_recording_some_rows_keeps_the_others_and_another_reference_compares_wit
     assert kept["machine"]
     (entry,) = measured([Row("a", 9.0, "ms", "<= 5", True, 1.0, "something else")], 1.0)
     assert entry.verdict(kept["rows"]) == ""
+    write_record(measured([Row("tail", 1.0, "ms", "printed", True, 1.0, "it", is_compared=False)], 1.0))
+    assert "tail" not in read_record()["rows"]
     assert measured([Row("new", 9.0, "ms", "<= 5", True)], 1.0)[0].verdict(kept["rows"]) == ""

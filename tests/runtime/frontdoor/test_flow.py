@@ -66,6 +66,22 @@ async def test_a_reader_that_stops_holds_little_and_in_the_end_loses_its_request
     await eventually(lambda: set(setup.door.router.reserved().values()) == {(0, 0)})
 
 
+async def test_a_reader_that_never_reads_does_not_keep_its_place(long_folder: Path) -> None:
+    """Its output is small enough to wait for it, but not for ever."""
+    engine = FakeEngine(plan=tokens_plan([40, 300, 310], tokens_per_step=50), max_model_len=LONG)
+    async with running(long_folder, [engine], write_timeout_s=0.5) as setup:
+        async with grpc.aio.insecure_channel(setup.address, options=SMALL_WINDOW) as channel:
+            call = rpc.InferenceStub(channel).Generate(ids_request([5], max_tokens=60_000, ignore_eos=True))
+            unread = aiter(call)
+            await anext(unread)
+            await eventually(lambda: len(setup.door._live) == 0, 10)
+            setup.check_idle()
+            error = await status_of(unread)
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "has taken nothing" in error.details()
+        assert len(tokens_of(await setup.generate(ids_request([6], max_tokens=300, ignore_eos=True)))) == 300
+
+
 def test_unread_tokens_take_little_memory() -> None:
     queue = OutputQueue(LONG)
     tracemalloc.start()

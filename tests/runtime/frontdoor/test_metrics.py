@@ -129,6 +129,7 @@ async def test_every_request_is_one_line_of_json(one: Setup, caplog: pytest.LogC
     request.request_id = "fine"
     await one.generate(request)
     await status_of(one.stub.Generate(ids_request([100_000]), timeout=5))
+    await status_of(one.stub.Generate(pb.GenerateRequest(request_id="x" * 10_000, text="x"), timeout=5))
     engine.plan = lambda submit: [RequestOutput(submit.request_id, [], error=["Overloaded", "full"])]
     await status_of(one.stub.Generate(ids_request([5], max_tokens=1), timeout=5))
     engine.plan, engine.step_s = tokens_plan([40]), 0.005
@@ -137,8 +138,8 @@ async def test_every_request_is_one_line_of_json(one: Setup, caplog: pytest.LogC
     await anext(unread)
     await anext(unread)
     call.cancel()
-    lines = await lines_of(caplog, 4)
-    assert [line["status"] for line in lines] == ["length", "bad_request", "overloaded", "cancelled"]
+    lines = await lines_of(caplog, 5)
+    assert [line["status"] for line in lines] == ["length", "bad_request", "bad_request", "overloaded", "cancelled"]
     first = lines[0]
     assert 0 < first.pop("ttft_s") <= first.pop("total_s") < 10
     assert first == {
@@ -151,7 +152,8 @@ async def test_every_request_is_one_line_of_json(one: Setup, caplog: pytest.LogC
         "completion_tokens": 5,
     }
     assert (lines[1]["ttft_s"], lines[1]["replica"], len(lines[1]["request_id"])) == (None, "", 32)
-    assert lines[3]["completion_tokens"] >= 1
+    assert len(lines[2]["request_id"]) == 256
+    assert lines[4]["completion_tokens"] >= 1
 
 
 async def test_status_is_shown_once_as_json_and_again_and_again(one: Setup, capsys: pytest.CaptureFixture[str]) -> None:

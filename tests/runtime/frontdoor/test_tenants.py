@@ -60,6 +60,10 @@ async def test_every_method_asks_for_a_key_but_health(locked: Setup) -> None:
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     sample = locked.door.metrics.registry.get_sample_value
     assert sample("mobula:rpc_failures_total", {"method": "Generate", "reason": "unauthenticated"}) == 4
+    made_up = locked.channel.unary_unary("/made.up/Method")
+    assert (await status_of(made_up(b"", timeout=5))).code() is grpc.StatusCode.UNAUTHENTICATED
+    assert sample("mobula:rpc_failures_total", {"method": "other", "reason": "unauthenticated"}) == 2  # and reflection
+    assert sample("mobula:rpc_failures_total", {"method": "Method", "reason": "unauthenticated"}) is None
     for key in ("blue-key-0", "blue-key-1", "green-key-1"):
         for name, request in CALLS.items():
             call = getattr(locked.stub, name)(request, timeout=5, metadata=bearer(key))

@@ -1,8 +1,5 @@
-"""Input that nobody would send, over real gRPC: every call ends with a status, no process ends, and a witness that runs all the while gets
-its own tokens.
-
-`MOBULA_FUZZ_EXAMPLES=3000 python -m pytest tests/runtime/frontdoor/test_fuzz.py -s` sends more, and prints how many of what were sent and
-how they ended.
+"""Frames that no front door and no engine would send, at both ends of the real engine channel: only the stream that carried them ends, and
+a witness beside it gets its own tokens.
 """
 
 from __future__ import annotations
@@ -10,183 +7,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import random
-import re
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import grpc
 import grpc.aio
 import msgpack
 import pytest
-from google.protobuf.descriptor import FieldDescriptor
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protos import inference_pb2 as pb
 from runtime.engine import frames
 from runtime.engine.frames import EngineStats, Hello, Load, RequestOutput, StatusReply, StepFrame, Submit
-from runtime.frontdoor.service import SERVICE
-from runtime.loop import LoopThread
 from runtime.routing.types import Membership
-from tests.runtime.frontdoor.conftest import Setup, ids_request, membership, running, tokens_of
-from tests.runtime.frontdoor.fake_engine import FakeEngine, eventually
+from tests.runtime.frontdoor.conftest import membership
+from tests.runtime.frontdoor.fake_engine import FakeEngine
 from tests.runtime.frontdoor.real_engine import RealEngine, expected
+from tests.runtime.frontdoor.stage import FUZZ, NUM_EXAMPLES, Stage, check_idle, report
 from workers.step import SamplingSettings
-
-T = TypeVar("T")
-
-WITNESS = list(range(60, 90))
-NUM_WITNESS_TOKENS = 12
-OWN_STATUSES = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
-NAMES_A_FIELD = re.compile(r"[a-z_]+(\[\d+\])?(\.[a-z_]+)*: ")
-NUM_EXAMPLES = int(os.environ.get("MOBULA_FUZZ_EXAMPLES", "120"))
-FUZZ = settings(
-    max_examples=NUM_EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],
-)
-
-TEXTS = st.one_of(st.text(max_size=40), st.sampled_from(["", "x" * 5000, "<s>", "\0", "\ud7ff\ue000", "user", "😀" * 300]))
-NUMBERS = {
-    FieldDescriptor.TYPE_FLOAT: st.one_of(st.floats(width=32), st.sampled_from([0.0, 1.0, -1.0, 1e-45, 3e38, float("nan"), float("inf")])),
-    FieldDescriptor.TYPE_INT32: st.one_of(st.integers(-3, 30), st.integers(-(1 << 31), (1 << 31) - 1)),
-    FieldDescriptor.TYPE_INT64: st.integers(-(1 << 63), (1 << 63) - 1),
-    FieldDescriptor.TYPE_UINT32: st.one_of(st.integers(0, 60), st.integers(0, (1 << 32) - 1)),
-    FieldDescriptor.TYPE_BOOL: st.booleans(),
-    FieldDescriptor.TYPE_STRING: TEXTS,
-}
-
-
-@st.composite
-def messages(draw: st.DrawFn, cls: Any) -> Any:
-    """A message of this class with any of its fields set."""
-    message = cls()
-    for field in cls.DESCRIPTOR.fields:
-        if not draw(st.booleans()):
-            continue
-        element = NUMBERS[field.type] if field.message_type is None else messages(getattr(pb, field.message_type.name))
-        target = getattr(message, field.name)
-        if hasattr(target, "extend"):
-            target.extend(draw(st.lists(element, max_size=6)))
-        elif field.message_type is not None:
-            target.CopyFrom(draw(element))
-        else:
-            setattr(message, field.name, draw(element))
-    return message
-
-
-@st.composite
-def near_misses(draw: st.DrawFn) -> Any:
-    """A request that would run but for a field or two."""
-    request = ids_request(draw(st.lists(st.integers(0, 300), min_size=1, max_size=30)), max_tokens=draw(st.integers(1, 5)))
-    request.sampling.MergeFrom(draw(messages(pb.SamplingParams)) if draw(st.booleans()) else pb.SamplingParams())
-    return request
-
-
-METHODS = {
-    "Generate": st.one_of(messages(pb.GenerateRequest), near_misses()),
-    "Tokenize": messages(pb.TokenizeRequest),
-    "Detokenize": messages(pb.DetokenizeRequest),
-    "Abort": messages(pb.AbortRequest),
-}
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A method and the bytes it is sent: a message as it is, with some bytes changed, cut off, or no message at all."""
-    method = draw(st.sampled_from(["Generate", "Generate", "Generate", *METHODS]))
-    payload = bytearray(draw(METHODS[method]).SerializeToString())
-    kind = draw(st.sampled_from(["as it is", "as it is", "changed", "cut", "noise"]))
-    if kind == "noise":
-        return method, draw(st.binary(max_size=60))
-    if kind == "cut":
-        del payload[draw(st.integers(0, len(payload))) :]
-    if kind == "changed" and payload:
-        for _ in range(draw(st.integers(1, 4))):
-            payload[draw(st.integers(0, len(payload) - 1))] = draw(st.integers(0, 255))
-    return method, bytes(payload)
-
-
-class Stage:
-    """A front door over real parts, on a loop of its own, for tests that are driven from outside it."""
-
-    def __init__(self, folder: Path, *engines: Any) -> None:
-        self.thread = LoopThread("stage")
-        self.engines = engines
-        self._context = running(folder, list(engines))
-        self.setup: Setup = self.do(self._context.__aenter__())
-
-    def do(self, work: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
-        return self.thread.run(work, timeout_s)
-
-    def close(self) -> None:
-        self.do(self._context.__aexit__(None, None, None))
-        self.thread.close()
-
-    async def witness(self) -> None:
-        request = ids_request(WITNESS, max_tokens=NUM_WITNESS_TOKENS, ignore_eos=True)
-        assert tokens_of(await self.setup.generate(request, timeout=30)) == expected(WITNESS, NUM_WITNESS_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def stage(folder: Path) -> Iterator[Stage]:
-    stage = Stage(folder, RealEngine())
-    yield stage
-    stage.close()
-
-
-def check_idle(stage: Stage) -> None:
-    async def check() -> None:
-        await eventually(stage.engines[0].is_idle)
-        await eventually(lambda: len(stage.setup.door._live) == 0)
-        stage.setup.check_idle()
-
-    stage.do(check())
-    assert stage.engines[0].engine.check() == []
-
-
-def report(title: str, counts: Counter[Any]) -> None:
-    print(f"\n{title}: {sum(counts.values())} sent; " + ", ".join(f"{count} {key}" for key, count in sorted(counts.items(), key=str)))
-
-
-def test_any_call_is_answered(stage: Stage) -> None:
-    counts: Counter[str] = Counter()
-
-    async def call(method: str, payload: bytes) -> None:
-        channel = stage.setup.channel
-        make = channel.unary_stream if method == "Generate" else channel.unary_unary
-        sent: Any = make(f"/{SERVICE}/{method}")(payload, timeout=5)
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            if method == "Generate":
-                events = [event async for event in sent]
-                assert pb.GenerateEvent.FromString(events[-1]).HasField("finished")
-            else:
-                await sent
-        code, details = await sent.code(), await sent.details()
-        assert code.name in OWN_STATUSES, details
-        assert code is not grpc.StatusCode.INVALID_ARGUMENT or NAMES_A_FIELD.match(details), details
-        counts[f"{method} {code.name}"] += 1
-
-    async def together(batch: list[tuple[str, bytes]]) -> None:
-        await asyncio.gather(stage.witness(), *(call(method, payload) for method, payload in batch))
-
-    @FUZZ
-    @given(st.lists(calls(), min_size=1, max_size=6))
-    def fuzz(batch: list[tuple[str, bytes]]) -> None:
-        stage.do(together(batch))
-
-    fuzz()
-    report("calls", counts)
-    assert {"Generate OK", "Generate INVALID_ARGUMENT", "Tokenize INVALID_ARGUMENT", "Detokenize OK"} <= set(counts)
-    check_idle(stage)
-
 
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-(1 << 63), (1 << 64) - 1), st.floats(), st.text(max_size=8), st.binary(max_size=8)),
@@ -257,6 +97,13 @@ def test_what_is_decoded_has_the_types_it_states(payload: bytes) -> None:
         assert (type(frame.max_tokens), type(frame.request_id)) == (int, str)
     if isinstance(frame, StepFrame):
         assert all(type(token) is int for output in frame.outputs for token in output.token_ids)
+
+
+@pytest.fixture(scope="module")
+def stage(folder: Path) -> Iterator[Stage]:
+    stage = Stage(folder, RealEngine())
+    yield stage
+    stage.close()
 
 
 def test_any_frame_to_an_engine_is_survived(stage: Stage) -> None:
