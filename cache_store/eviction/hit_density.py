@@ -23,7 +23,7 @@ from cache_store.eviction.shadows import NUM_CLASSES, Candidates, Entry, Leader,
 GHOSTS_PER_BLOCK = 3
 SAMPLES_PER_ACCESS = 2  # blocks whose age is sampled, in turn, to learn how much time is spent at which age
 LEARN_EVERY = 250  # accesses, and then of one class
-FADE_EVERY = 8  # accesses per known key
+FADE_EVERY = 3  # accesses per known key
 
 
 class HitDensity:
@@ -50,9 +50,11 @@ class HitDensity:
             self._known.append(entry)
         self._present[key] = entry
         entry.is_present = True
-        entry.parent = self._present.get(parent) if parent is not None else None
+        if not entry.in_shadow:  # else it knows its parent, which the shadow keeps for it
+            entry.parent = self._present.get(parent) if parent is not None else None
         if entry.parent is not None and not entry.parent.had_child:
-            self._note_child(entry.parent)
+            entry.parent.had_child = True  # neither cache has it exposed now, so its class may change
+            entry.parent.classify()
         self._access(entry)
         if entry.in_shadow:
             self._shadow.touch(entry)
@@ -87,6 +89,8 @@ class HitDensity:
         entry.is_present = False
         self._candidates.discard(entry)
         self._ghosts[key] = entry
+        if not evicted:  # a victim makes room for another block, anything else makes the room smaller
+            self._shadow.shrink(len(self._present))
         for _ in range(2):  # one more than comes, so that the number follows a room that shrinks
             if len(self._ghosts) > GHOSTS_PER_BLOCK * (len(self._present) + 1):
                 self._forget_oldest()
@@ -121,10 +125,6 @@ class HitDensity:
             self._rates.learn_next()
         worth, now = self._rates.worth, self._now
         return min(entries, key=lambda entry: (worth[entry.of_class][bucket_of(now - entry.last)], entry.last))
-
-    def _note_child(self, parent: Entry) -> None:
-        parent.had_child = True
-        parent.classify()
 
     def _forget_oldest(self) -> None:
         key, entry = self._ghosts.popitem(last=False)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 MAX_COUNT = 3  # uses that are told apart: 1, 2, 3 and more
 NUM_CLASSES = 2 * (MAX_COUNT + 1)
 TRUST = 3.5  # standard deviations by which its hits must prevail before worth leads
-MISTRUST = 2.0  # and by which it must have fallen back from its best lead before it does not lead any more
+MISTRUST = 1.0  # and by which it must have fallen back from its best lead before it does not lead any more
 MAX_RUN = 16  # blocks up to which the hits of one run are taken to come together
 FADE_EVERY = 4  # accesses per block of room
 
@@ -108,12 +108,15 @@ class Shadow:
                 return
             parent.children += 1  # before room is made: the parent must not go for its child
             self._candidates.discard(parent)
-        while self._num_blocks >= room and (coldest := self._candidates.coldest()):
-            self._remove(self._choose(coldest))
+        self.shrink(room - 1)
         entry.in_shadow = True
         entry.children = 0
         self._num_blocks += 1
         self._candidates.put(entry)
+
+    def shrink(self, room: int) -> None:
+        while self._num_blocks > room and (coldest := self._candidates.coldest()):
+            self._remove(self._choose(coldest))
 
     def _remove(self, entry: Entry) -> None:
         entry.in_shadow = False
@@ -155,7 +158,9 @@ class Leader:
         deviation = math.sqrt(self._variance)
         if self.is_worth:
             self._best_lead = max(self._best_lead, self._lead)
-            self.is_worth = self._lead > max(0.0, self._best_lead - MISTRUST * deviation)
+            if self._lead <= max(0.0, self._best_lead - MISTRUST * deviation):
+                self.is_worth = False
+                self._lead = self._variance = 0.0  # its hits of other times do not count any more
         elif self._lead > TRUST * deviation:
             self.is_worth, self._best_lead = True, self._lead
 
