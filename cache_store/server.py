@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import signal
@@ -20,14 +19,11 @@ from pathlib import Path
 
 import grpc
 
-from cache_store.arena import Arena, file_name, is_served, remove_stale
+from cache_store.arena import file_name, is_served, remove_stale
 from cache_store.config import StoreConfig, unix_path
 from cache_store.errors import StoreError, StoreRefused
-from cache_store.processes import PidfdWatcher
+from cache_store.node import opened
 from cache_store.service import SecretInterceptor, StoreService
-from cache_store.store import Store
-from cache_store.tiers.dram import DramTier
-from cache_store.watch import EventFeed
 from cache_store.wire import MAX_MESSAGE_BYTES
 from protos import cache_store_pb2_grpc
 
@@ -58,16 +54,10 @@ async def serving(config: StoreConfig) -> AsyncIterator[str]:
     remove_stale(config.directory)
     if path is not None and is_served(path):
         raise StoreRefused(f"address: somebody serves at {config.address} already")
-    loop = asyncio.get_running_loop()
-    feed = EventFeed(config.max_watchers, config.watch_queue_events)
     async with contextlib.AsyncExitStack() as stack:
-        arena = stack.enter_context(Arena.create(config.directory, config.memory_bytes, config.extent_bytes))
-        make_tier = functools.partial(_make_tier, arena, config, loop)
-        store = Store(config, make_tier, PidfdWatcher(loop), loop.time, feed.publish)
-        stack.callback(store.tier.close)
-        stack.callback(store.close)
-        store.tier.grow()  # the first extent now, so that nobody who is let in finds no space
-        service = StoreService(config, store, feed, loop)
+        node = await stack.enter_async_context(opened(config))
+        loop = asyncio.get_running_loop()
+        service = StoreService(node, loop)
         stack.callback(service.close)
         server = grpc.aio.server(interceptors=[SecretInterceptor(config.secret)], options=_OPTIONS)
         cache_store_pb2_grpc.add_CacheStoreServicer_to_server(service, server)  # type: ignore[no-untyped-call]
@@ -77,12 +67,8 @@ async def serving(config: StoreConfig) -> AsyncIterator[str]:
         address = _bind(server, config.address)
         await server.start()
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
-        store.tier.grow_in_background(loop.call_soon_threadsafe)
+        node.store.tier.grow_in_background(loop.call_soon_threadsafe)
         yield address
-
-
-def _make_tier(arena: Arena, config: StoreConfig, loop: asyncio.AbstractEventLoop, on_stored: object, on_removed: object) -> DramTier:
-    return DramTier(arena, config, loop.time, on_stored=on_stored, on_removed=on_removed)  # type: ignore[arg-type]
 
 
 def _unlink(path: str) -> None:

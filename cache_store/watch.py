@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cache_store.errors import StoreRefused
+from cache_store.keys import BlockKey
 from cache_store.outcomes import WatchEvent
 
 SNAPSHOT_KEYS = 1 << 16  # per event
+
+
+class ChangeLog:
+    """Numbers what becomes visible and what stops being so, per tier, in the order in which it happens."""
+
+    def __init__(self, epoch: str, listener: Callable[[WatchEvent], None]) -> None:
+        self.sequence = 0
+        self._epoch, self._listener = epoch, listener
+        self._kind = ("", False)  # tier, and whether keys were added
+        self._keys: list[BlockKey] = []
+
+    def stored(self, tier: str, key: bytes) -> None:
+        self._note((tier, True), key)
+
+    def removed(self, tier: str, key: bytes) -> None:
+        self._note((tier, False), key)
+
+    def flush(self) -> None:
+        """Tells the listener what was noted since the last flush."""
+        if self._keys:
+            self.sequence += 1
+            keys, self._keys = self._keys, []
+            tier, added = self._kind
+            self._listener(WatchEvent(self.sequence, self._epoch, tier, keys if added else [], [] if added else keys))
+
+    def _note(self, kind: tuple[str, bool], key: bytes) -> None:
+        if kind != self._kind:
+            self.flush()  # an event speaks of one tier, and does not add and remove one key
+            self._kind = kind
+        self._keys.append(BlockKey(key))
 
 
 class EventFeed:

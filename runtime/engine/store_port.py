@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0
+ACQUIRE_WAIT_S = 1.0  # for blocks to come from disk or peers; a request waits for the store for EngineConfig.load_timeout_s in all
 MAX_OUTSTANDING = 256  # questions without an answer yet
 PROBE_EVERY_S = 2.0  # an idle engine notices a restarted store within this
 BACKOFF_S = (0.1, 2.0)  # first and longest wait between attempts to attach
@@ -300,7 +301,7 @@ async def _call(client: StoreClient, question: Question) -> Found | Acquired | R
         case Lookup(keys):
             return await client.lookup(keys)
         case Acquire(keys, ttl_s):
-            return await client.acquire(keys, ttl_s)
+            return await client.acquire(keys, ttl_s, ACQUIRE_WAIT_S)
         case Reserve(keys, parents, first, ttl_s):
             return await client.reserve(keys, parents, ttl_s, first)
         case Commit(lease_id, blocks):

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cache_store.client import ClaimOutcome, CommitOutcome, ReserveOutcome, StoreClient
+from cache_store.client import ClaimOutcome, CommitOutcome, MissReason, ReserveOutcome, StoreClient
 from cache_store.errors import ArenaTooSmall, LayoutMismatch, StoreRefused, StoreUnavailable
 from cache_store.process import StoreProcess
 from cache_store.processes import ProcessIdentity, process_identity
@@ -44,8 +44,8 @@ async def test_a_block_from_reserve_to_acquire(client: StoreClient, idle_child: 
     assert attached.slot_bytes == SLOT_BYTES
     assert os.stat(attached.arena_path).st_size == attached.arena_bytes
     keys = chain("a", 3)
-    assert (await client.lookup(keys)) == (0, [])
-    assert (await client.acquire(keys, 1.0)) == (0, [], [])
+    assert (await client.lookup(keys)) == (0, [], 0, MissReason.COLD)
+    assert (await client.acquire(keys, 1.0)) == (0, [], [], None)
     reserved = await client.reserve(keys, parents_of(keys), 60.0, [True, False, False])
     assert [slot.outcome for slot in reserved.slots] == [ReserveOutcome.RESERVED] * 3
     blocks = [(each, [1, 0], sums(depth, 100 + depth)) for depth, each in enumerate(keys)]

@@ -1,0 +1,232 @@
+"""One node's store with all its parts, and who owns what.
+
+    Arena <- DramTier <- Store                    the state machine, on the loop
+             DiskTier <- Spiller (one thread)     copies down what becomes visible
+                      <- Promoter (threads)       brings up what is asked for
+             PeerTier <-                          other nodes' stores, as one more source
+             PeerServer (threads of its own)      what this store lends to them
+
+Everything that can take long happens on threads; the loop only keeps the books.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from cache_store.accesses import MissReason
+from cache_store.arena import Arena
+from cache_store.config import StoreConfig
+from cache_store.errands import Shape
+from cache_store.keys import BlockKey
+from cache_store.leases import Session
+from cache_store.outcomes import Pinned, StoreStat, WatchEvent
+from cache_store.pricing import Ledger
+from cache_store.processes import PidfdWatcher
+from cache_store.promote import Brought, Promoter
+from cache_store.spill import Spiller
+from cache_store.store import Store
+from cache_store.tiers.disk import DiskTier
+from cache_store.tiers.dram import DramTier
+from cache_store.watch import EventFeed
+
+log = logging.getLogger(__name__)
+
+Runs = list[tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    runs: Runs  # worth bringing
+    num_cheaper_to_compute: int  # behind them
+    reason: MissReason | None  # why the key behind the runs is not answered
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    pinned: Pinned
+    runs: Runs  # where the pinned blocks came from
+    shortfall: MissReason | None
+
+
+class StoreNode:
+    """The store as its service sees it. Made by `opened`, on the loop that uses it."""
+
+    def __init__(
+        self, config: StoreConfig, store: Store, feed: EventFeed, promoter: Promoter, disk: DiskTier | None, spiller: Spiller | None
+    ) -> None:
+        self.config, self.store, self.feed, self.promoter = config, store, feed, promoter
+        self.disk, self.spiller = disk, spiller
+        self.ledger = promoter.ledger
+        self._loop = asyncio.get_running_loop()
+
+    def look_up(self, session_id: str, keys: Sequence[bytes], tokens_per_s: float) -> Looked:
+        """Which tiers have the leading keys, as far as bringing them is cheaper than computing them."""
+        session = self.store.session(session_id)
+        session.tokens_per_s = tokens_per_s
+        found = self.promoter.runs(keys, session.layout_digest)
+        num_found = sum(count for _, count in found)
+        choice = self.ledger.choose(found, session.layout.block_bytes, session.layout.block_size, tokens_per_s)
+        reason = self.store.accesses.looked_up(session_id, keys, num_found)
+        num_refused = num_found - choice.num_blocks
+        return Looked(_first(found, choice.num_blocks), num_refused, MissReason.CHEAPER_TO_COMPUTE if num_refused else reason)
+
+    async def acquire(self, session_id: str, keys: Sequence[bytes], ttl_s: float, max_wait_s: float) -> Acquired:
+        """Pins the leading keys that are in the arena, or come there within `max_wait_s`."""
+        session = self.store.session(session_id)
+        if max_wait_s <= 0 or not self.promoter.sources or self.store.tier.find(keys, session.layout_digest) == len(keys):
+            pinned = self.store.acquire(session_id, keys, ttl_s)
+            return self._counted(pinned, keys, {}, None)
+        async with self._bringing(session, keys, max_wait_s) as brought:
+            pinned = self.store.acquire(session_id, keys, ttl_s)
+            return self._counted(pinned, keys, brought.tiers, brought.shortfall if len(pinned.blocks) < len(keys) else None)
+
+    async def pin(self, session_id: str, owner: str, keys: Sequence[bytes], ttl_s: float, max_wait_s: float) -> tuple[int, int, int, bool]:
+        """Keeps the leading keys. -> (pin id or 0, blocks, bytes, whether the quotas allowed fewer than there are)"""
+        session = self.store.session(session_id)
+        async with self._bringing(session, keys, max_wait_s):
+            blocks = self.store.tier.leading(keys, session.layout_digest)
+            pin = self.store.pins.add(owner, blocks, ttl_s)
+        num_kept = len(pin.loan.blocks) if pin else 0
+        return (pin.pin_id if pin else 0), num_kept, (pin.num_bytes if pin else 0), num_kept < len(blocks)
+
+    def snapshots(self) -> list[WatchEvent]:
+        """What each tier of this node has, as of one sequence number."""
+        dram = self.store.snapshot()
+        if self.disk is None:
+            return [dram]
+        return [dram, dram._replace(tier="disk", added=[BlockKey(key) for key in self.disk.stored_keys()])]
+
+    def stat(self) -> StoreStat:
+        disk = self.disk
+        if disk is None:
+            return self.store.stat()
+        return self.store.stat()._replace(disk_blocks=len(disk), disk_bytes=disk.stored_bytes, disk_total_bytes=disk.num_bytes)
+
+    def check(self) -> list[str]:
+        """Every violated invariant, in words, of the arena and the disk."""
+        return self.store.check() + (self.disk.check() if self.disk is not None else [])
+
+    def settle(self) -> None:
+        """After every call: what the call has left to do in the background."""
+        if self.spiller is not None:
+            self.spiller.advance()
+
+    def _bringing(self, session: Session, keys: Sequence[bytes], max_wait_s: float) -> contextlib.AbstractAsyncContextManager[Brought]:
+        layout = session.layout
+        shape = Shape(session.layout_digest, layout.block_bytes, layout.num_parts)
+        block_s = layout.block_size / session.tokens_per_s if session.tokens_per_s > 0 else 0.0
+        return self.promoter.bringing(keys, shape, self._loop.time() + max_wait_s, block_s)
+
+    def _counted(self, pinned: Pinned, keys: Sequence[bytes], tiers: dict[bytes, str], shortfall: MissReason | None) -> Acquired:
+        runs: Runs = []
+        for key in keys[: len(pinned.blocks)]:
+            tier = tiers.get(key, "dram")
+            if runs and runs[-1][0] == tier:
+                runs[-1] = (tier, runs[-1][1] + 1)
+            else:
+                runs.append((tier, 1))
+        for tier, count in runs:
+            self.store.accesses.num_hits[tier] += count
+        if shortfall is not None:
+            self.store.accesses.num_misses[shortfall] += len(keys) - len(pinned.blocks)
+        return Acquired(pinned, runs, shortfall)
+
+
+def _first(runs: Runs, num_blocks: int) -> Runs:
+    """The runs of the leading blocks only."""
+    kept: Runs = []
+    for tier, count in runs:
+        if num_blocks > 0:
+            kept.append((tier, min(count, num_blocks)))
+        num_blocks -= count
+    return kept
+
+
+@contextlib.asynccontextmanager
+async def opened(config: StoreConfig) -> AsyncIterator[StoreNode]:
+    """A store with the tiers that its settings name. StoreError when one of them cannot be opened."""
+    loop = asyncio.get_running_loop()
+    feed = EventFeed(config.max_watchers, config.watch_queue_events)
+    async with contextlib.AsyncExitStack() as stack:
+        disk = await _open_disk(config, loop, lambda: node.store)
+        if disk is not None:
+            stack.callback(disk.close)
+        arena = stack.enter_context(Arena.create(config.directory, config.memory_bytes, config.extent_bytes))
+        spilled = _Spilled()
+        store = Store(
+            config,
+            lambda stored, removed: _open_dram(arena, config, loop, spilled, stored, removed),
+            PidfdWatcher(loop),
+            loop.time,
+            feed.publish,
+        )
+        stack.callback(store.tier.close)
+        stack.callback(store.close)
+        store.tier.grow()  # the first extent now, so that nobody who is let in finds no space
+        if disk is not None:
+            spilled.spiller = Spiller(store.tier, disk, store.errands, loop.call_soon_threadsafe)
+            stack.callback(spilled.spiller.close)
+        ledger = Ledger(loop.time)
+        sources = [disk] if disk is not None else []
+        promoter = Promoter(store.tier, store.errands, sources, ledger, store.changes.flush, config.load_timeout_s)
+        stack.push_async_callback(promoter.close)
+        node = StoreNode(config, store, feed, promoter, disk, spilled.spiller)
+        yield node
+
+
+class _Spilled:
+    """Hears of the arena's changes before the spiller exists."""
+
+    spiller: Spiller | None = None
+
+    def stored(self, key: bytes) -> None:
+        if self.spiller is not None:
+            self.spiller.stored(key)
+
+    def removed(self, key: bytes) -> None:
+        if self.spiller is not None:
+            self.spiller.removed(key)
+
+
+def _open_dram(
+    arena: Arena,
+    config: StoreConfig,
+    loop: asyncio.AbstractEventLoop,
+    spilled: _Spilled,
+    on_stored: Callable[[bytes], None],
+    on_removed: Callable[[bytes], None],
+) -> DramTier:
+    def stored(key: bytes) -> None:
+        on_stored(key)
+        spilled.stored(key)
+
+    def removed(key: bytes) -> None:
+        on_removed(key)
+        spilled.removed(key)
+
+    return DramTier(arena, config, loop.time, on_stored=stored, on_removed=removed)
+
+
+async def _open_disk(config: StoreConfig, loop: asyncio.AbstractEventLoop, store: Callable[[], Store]) -> DiskTier | None:
+    """The disk tier, found again on a thread; its changes are published on the loop."""
+    if not config.disk_bytes:
+        return None
+
+    def note(key: bytes, *, stored: bool) -> None:
+        changes = store().changes
+        (changes.stored if stored else changes.removed)("disk", key)
+        changes.flush()
+
+    def on_stored(key: bytes) -> None:
+        loop.call_soon_threadsafe(lambda: note(key, stored=True))
+
+    def on_removed(key: bytes) -> None:
+        loop.call_soon_threadsafe(lambda: note(key, stored=False))
+
+    return await asyncio.to_thread(
+        DiskTier, config.disk_directory, config.disk_bytes, config.extent_bytes, on_stored=on_stored, on_removed=on_removed
+    )
