@@ -20,7 +20,18 @@ from cache_store.outcomes import CommitOutcome as CommitOutcome
 from cache_store.outcomes import ReserveOutcome as ReserveOutcome
 from cache_store.outcomes import StoreStat as StoreStat
 from cache_store.outcomes import WatchEvent as WatchEvent
-from cache_store.wire import CLAIM, COMMIT, ERROR_HEADER, ERRORS, MAX_MESSAGE_BYTES, MISS, RESERVE, SECRET_HEADER, TIER, layout_to_message
+from cache_store.wire import (
+    CLAIM,
+    COMMIT,
+    ERROR_HEADER,
+    ERRORS,
+    MAX_MESSAGE_BYTES,
+    MISS,
+    RESERVE,
+    SECRET_HEADER,
+    TIER_NAMES,
+    layout_to_message,
+)
 from protos import cache_store_pb2 as pb
 from protos import cache_store_pb2_grpc
 
@@ -39,7 +50,6 @@ _CLAIM_OUTCOMES = {number: outcome for outcome, number in CLAIM.items()}
 _RESERVE_OUTCOMES = {number: outcome for outcome, number in RESERVE.items()}
 _COMMIT_OUTCOMES = {number: outcome for outcome, number in COMMIT.items()}
 _MISSES = {int(number): reason for reason, number in MISS.items()}
-_TIERS = {int(number): name for name, number in TIER.items()}
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
@@ -215,6 +225,15 @@ class StoreClient:
         reply: pb.ListPinsResponse = await self._call(self._stub.ListPins, pb.ListPinsRequest(owner=owner))
         return [PinEntry(pin.pin_id, pin.owner, pin.num_blocks, pin.num_bytes, pin.remaining_ms / 1000) for pin in reply.pins]
 
+    async def set_peers(self, addresses: Sequence[str]) -> None:
+        """Names the stores of other nodes that blocks may be pulled from, in place of those named before. Needs no session."""
+        await self._call(self._stub.SetPeers, pb.SetPeersRequest(addresses=addresses))
+
+    async def metrics(self) -> str:
+        """Everything the store counts, as Prometheus text. Needs no session."""
+        reply: pb.MetricsResponse = await self._call(self._stub.Metrics, pb.MetricsRequest())
+        return reply.text
+
     async def stat(self) -> StoreStat:
         """Needs no session."""
         reply: pb.StatResponse = await self._call(self._stub.Stat, pb.StatRequest())
@@ -230,7 +249,7 @@ class StoreClient:
         stream = self._stub.Watch(pb.WatchRequest(), metadata=self._metadata)
         try:
             async for event in stream:
-                yield WatchEvent(event.sequence, event.epoch, _TIERS[event.tier], split_keys(event.added), split_keys(event.removed))
+                yield WatchEvent(event.sequence, event.epoch, TIER_NAMES[event.tier], split_keys(event.added), split_keys(event.removed))
         except grpc.aio.AioRpcError as error:
             raise _translated(error, self.address) from error
         finally:
@@ -270,4 +289,4 @@ def _milliseconds(ttl_s: float) -> int:
 
 
 def _runs(pairs: Sequence[int]) -> list[tuple[str, int]]:
-    return [(_TIERS[tier], count) for tier, count in zip(pairs[::2], pairs[1::2], strict=True)]
+    return [(TIER_NAMES[tier], count) for tier, count in zip(pairs[::2], pairs[1::2], strict=True)]

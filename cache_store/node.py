@@ -19,18 +19,21 @@ from dataclasses import dataclass
 
 from cache_store.accesses import MissReason
 from cache_store.arena import Arena
+from cache_store.checksums import CHECKSUM_BYTES
 from cache_store.config import StoreConfig
 from cache_store.errands import Shape
 from cache_store.keys import BlockKey
 from cache_store.leases import Session
 from cache_store.outcomes import Pinned, StoreStat, WatchEvent
+from cache_store.peer_server import PeerServer
 from cache_store.pricing import Ledger
 from cache_store.processes import PidfdWatcher
-from cache_store.promote import Brought, Promoter
+from cache_store.promote import Brought, Promoter, Source
 from cache_store.spill import Spiller
 from cache_store.store import Store
 from cache_store.tiers.disk import DiskTier
 from cache_store.tiers.dram import DramTier
+from cache_store.tiers.peer import PeerTier
 from cache_store.watch import EventFeed
 
 log = logging.getLogger(__name__)
@@ -56,10 +59,18 @@ class StoreNode:
     """The store as its service sees it. Made by `opened`, on the loop that uses it."""
 
     def __init__(
-        self, config: StoreConfig, store: Store, feed: EventFeed, promoter: Promoter, disk: DiskTier | None, spiller: Spiller | None
+        self,
+        config: StoreConfig,
+        store: Store,
+        feed: EventFeed,
+        promoter: Promoter,
+        peers: PeerTier,
+        disk: DiskTier | None,
+        spiller: Spiller | None,
     ) -> None:
         self.config, self.store, self.feed, self.promoter = config, store, feed, promoter
-        self.disk, self.spiller = disk, spiller
+        self.peers, self.disk, self.spiller = peers, disk, spiller
+        self.peer_server: PeerServer | None = None
         self.ledger = promoter.ledger
         self._loop = asyncio.get_running_loop()
 
@@ -102,9 +113,18 @@ class StoreNode:
 
     def stat(self) -> StoreStat:
         disk = self.disk
+        stat = self.store.stat()._replace(num_peers=sum(peer.is_watched for peer in self.peers.peers))
         if disk is None:
-            return self.store.stat()
-        return self.store.stat()._replace(disk_blocks=len(disk), disk_bytes=disk.stored_bytes, disk_total_bytes=disk.num_bytes)
+            return stat
+        return stat._replace(disk_blocks=len(disk), disk_bytes=disk.stored_bytes, disk_total_bytes=disk.num_bytes)
+
+    def set_peers(self, addresses: Sequence[str]) -> None:
+        """Its own address among them is left out. ValueError when one is not HOST:PORT."""
+        own = self.peer_server.address if self.peer_server is not None else ""
+        for address in addresses:
+            if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
+                raise ValueError(f"addresses: must be HOST:PORT, not {address!r}")
+        self.peers.set_peers([address for address in addresses if address != own])
 
     def check(self) -> list[str]:
         """Every violated invariant, in words, of the arena and the disk."""
@@ -114,6 +134,24 @@ class StoreNode:
         """After every call: what the call has left to do in the background."""
         if self.spiller is not None:
             self.spiller.advance()
+
+    @contextlib.asynccontextmanager
+    async def bringing_own(self, keys: Sequence[bytes], layout: bytes, max_wait_s: float) -> AsyncIterator[None]:
+        """For a peer: what this node's disk has comes up, what only other peers have does not."""
+        shape = self._shape_of(keys, layout)
+        if shape is None or self.disk is None:
+            yield
+            return
+        async with self.promoter.bringing(keys, shape, self._loop.time() + max_wait_s, sources=[self.disk]):
+            yield
+
+    def _shape_of(self, keys: Sequence[bytes], layout: bytes) -> Shape | None:
+        """What blocks of a layout look like, by the first of these keys; None when it is not here."""
+        blocks = self.store.tier.leading(keys[:1], layout)
+        if blocks:
+            return Shape(layout, blocks[0].num_bytes, len(blocks[0].checksums))
+        described = self.disk.describe(keys[0], layout) if keys and self.disk is not None else None
+        return Shape(layout, described.num_bytes, len(described.checksums) // CHECKSUM_BYTES) if described else None
 
     def _bringing(self, session: Session, keys: Sequence[bytes], max_wait_s: float) -> contextlib.AbstractAsyncContextManager[Brought]:
         layout = session.layout
@@ -171,10 +209,17 @@ async def opened(config: StoreConfig) -> AsyncIterator[StoreNode]:
             spilled.spiller = Spiller(store.tier, disk, store.errands, loop.call_soon_threadsafe)
             stack.callback(spilled.spiller.close)
         ledger = Ledger(loop.time)
-        sources = [disk] if disk is not None else []
+        peers = PeerTier(config.secret)
+        sources: list[Source] = [disk, peers] if disk is not None else [peers]
         promoter = Promoter(store.tier, store.errands, sources, ledger, store.changes.flush, config.load_timeout_s)
         stack.push_async_callback(promoter.close)
-        node = StoreNode(config, store, feed, promoter, disk, spilled.spiller)
+        node = StoreNode(config, store, feed, promoter, peers, disk, spilled.spiller)
+        if config.peer_address:
+            node.peer_server = PeerServer(node, config.peer_address, config.secret)
+            stack.callback(node.peer_server.tickets.close)
+            stack.push_async_callback(asyncio.to_thread, node.peer_server.close)
+        node.set_peers(config.peers)
+        stack.push_async_callback(asyncio.to_thread, peers.close)
         yield node
 
 

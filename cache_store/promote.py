@@ -30,7 +30,7 @@ from cache_store.tiers.dram import DramTier
 log = logging.getLogger(__name__)
 
 MAX_FILLING_BYTES = 1 << 30
-NUM_THREADS = 6
+NUM_THREADS = 4  # per source: one that is slow must not hold up another
 
 Done = Callable[[int, bytes | None], None]  # position in the batch, checksums; None: not there, or not intact
 
@@ -81,7 +81,7 @@ class Promoter:
         self._fills: dict[bytes, Fill] = {}
         self._answered: list[Fill] = []  # by their sources; they wait for their parents
         self._filling_bytes = 0
-        self._threads = ThreadPoolExecutor(NUM_THREADS, "promote")
+        self._threads = {source.name: ThreadPoolExecutor(NUM_THREADS, f"from-{source.name}") for source in sources}
         self._loop = asyncio.get_running_loop()
         self._batches: set[asyncio.Future[None]] = set()
 
@@ -90,7 +90,7 @@ class Promoter:
         runs: list[tuple[str, int]] = []
         position = 0
         while position < len(keys):
-            tier, count = self._best(keys[position:], layout)
+            tier, count = self._best(keys[position:], layout, self.sources)
             if not count:
                 break
             runs.append((tier.name, count))
@@ -98,14 +98,16 @@ class Promoter:
         return runs
 
     @contextlib.asynccontextmanager
-    async def bringing(self, keys: Sequence[bytes], shape: Shape, deadline_s: float, block_s: float = 0.0) -> AsyncIterator[Brought]:
+    async def bringing(
+        self, keys: Sequence[bytes], shape: Shape, deadline_s: float, block_s: float = 0.0, *, sources: Sequence[Source] | None = None
+    ) -> AsyncIterator[Brought]:
         """Waits until the leading keys that any tier has are in the arena, or until `deadline_s` on the loop's clock; inside the context
-        they stay there. `block_s`: what computing a block would take, 0 when nobody knows."""
+        they stay there. `block_s`: what computing a block would take, 0 when nobody knows; `sources`: all of them, if not given."""
         brought = Brought()
         loans: list[ReadLease] = []
         waited: list[Fill] = []
         try:
-            self._begin(keys, shape, block_s, brought, loans, waited)
+            self._begin(keys, shape, block_s, self.sources if sources is None else sources, brought, loans, waited)
             if waited:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(deadline_s):
@@ -129,19 +131,27 @@ class Promoter:
     async def close(self) -> None:
         """Waits for the batches under way, each of which ends within its time."""
         self.sources = []
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._batches:
             await asyncio.wait(self._batches, timeout=self._timeout_s + 1.0)
         for fill in list(self._fills.values()):
             self._answer(fill, None)
 
-    def _best(self, keys: Sequence[bytes], layout: bytes) -> tuple[Source | DramTier, int]:
+    def _best(self, keys: Sequence[bytes], layout: bytes, sources: Sequence[Source]) -> tuple[Source | DramTier, int]:
         """The first tier that has the first key; later ones cost more."""
-        tiers: list[Source | DramTier] = [self._dram, *self.sources]
+        tiers: list[Source | DramTier] = [self._dram, *sources]
         return next(((tier, count) for tier in tiers if (count := tier.find(keys, layout))), (self._dram, 0))
 
     def _begin(
-        self, keys: Sequence[bytes], shape: Shape, block_s: float, brought: Brought, loans: list[ReadLease], waited: list[Fill]
+        self,
+        keys: Sequence[bytes],
+        shape: Shape,
+        block_s: float,
+        sources: Sequence[Source],
+        brought: Brought,
+        loans: list[ReadLease],
+        waited: list[Fill],
     ) -> None:
         """Pins what is there, joins fills under way, and starts the others, up to the first key that nobody has."""
         position, parent = 0, None
@@ -153,7 +163,7 @@ class Promoter:
                 parent = fill.block
                 position += 1
                 continue
-            tier, count = self._best(keys[position:], shape.layout)
+            tier, count = self._best(keys[position:], shape.layout, sources)
             if isinstance(tier, DramTier):
                 blocks = tier.leading(keys[position : position + count], shape.layout)
                 if not blocks:
@@ -214,7 +224,7 @@ class Promoter:
             return time.monotonic() - begun_s
 
         try:
-            seconds = await self._loop.run_in_executor(self._threads, work)
+            seconds = await self._loop.run_in_executor(self._threads[source.name], work)
             await asyncio.sleep(0)  # the last answers were posted before the end was
             self.ledger.brought(source.name, num_good * shape.num_bytes, seconds, num_good * block_s)
         except (OSError, RuntimeError) as error:

@@ -1,6 +1,7 @@
 """The store's process: one arena, one socket, one loop.
 
-    python -m cache_store.server     reads its settings as one JSON line from stdin, prints "ready ADDRESS", and ends when stdin does
+    python -m cache_store.server     reads its settings as one JSON line from stdin, prints "ready ADDRESS [PEER_ADDRESS]", and ends when
+                                     stdin does
 
 Whatever ends it but SIGKILL removes arena and socket; after a SIGKILL the next store in the same directory does.
 """
@@ -16,6 +17,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 
@@ -39,6 +41,11 @@ _OPTIONS = (
 )
 
 
+class Served(NamedTuple):
+    address: str
+    peer_address: str  # "": nothing is lent
+
+
 def with_address(config: StoreConfig) -> StoreConfig:
     """The same settings with a definite address."""
     if config.address:
@@ -47,8 +54,8 @@ def with_address(config: StoreConfig) -> StoreConfig:
 
 
 @contextlib.asynccontextmanager
-async def serving(config: StoreConfig) -> AsyncIterator[str]:
-    """A store that serves while the context is open; yields its address. StoreError when it cannot start."""
+async def serving(config: StoreConfig) -> AsyncIterator[Served]:
+    """A store that serves while the context is open; yields its addresses. StoreError when it cannot start."""
     config = with_address(config)
     path = unix_path(config.address)
     remove_stale(config.directory)
@@ -68,7 +75,7 @@ async def serving(config: StoreConfig) -> AsyncIterator[str]:
         await server.start()
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
         node.store.tier.grow_in_background(loop.call_soon_threadsafe)
-        yield address
+        yield Served(address, node.peer_server.address if node.peer_server is not None else "")
 
 
 def _unlink(path: str) -> None:
@@ -99,13 +106,14 @@ async def _serve(config: StoreConfig, *, until_eof: bool) -> None:
                 stop.set()
 
         loop.add_reader(fd, on_stdin)
-    async with serving(config) as address:
-        print(f"ready {address}", flush=True)
+    async with serving(config) as served:
+        print(" ".join(filter(None, ["ready", *served])), flush=True)
         await stop.wait()
 
 
 def run_store(config: StoreConfig, *, until_eof: bool = False) -> None:
-    """Serves until SIGINT or SIGTERM, or (`until_eof`) until stdin ends; prints "ready ADDRESS" once it does. StoreError when it cannot."""
+    """Serves until SIGINT or SIGTERM, or (`until_eof`) until stdin ends; prints "ready ADDRESS [PEER_ADDRESS]" once it does. StoreError
+    when it cannot."""
     os.umask(0o077)  # the socket is for this user
     asyncio.run(_serve(config, until_eof=until_eof))
 

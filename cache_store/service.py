@@ -192,6 +192,11 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
         return pb.UnpinResponse(num_unpinned=self._store.pins.remove(request.owner, request.pin_ids))
 
     @_answers
+    def SetPeers(self, request: pb.SetPeersRequest) -> pb.SetPeersResponse:  # noqa: N802
+        self._node.set_peers(request.addresses)
+        return pb.SetPeersResponse()
+
+    @_answers
     def ListPins(self, request: pb.ListPinsRequest) -> pb.ListPinsResponse:  # noqa: N802
         now_s = self._loop.time()
         return pb.ListPinsResponse(

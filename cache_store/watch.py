@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
 from collections.abc import Callable, Iterator
 
 from cache_store.errors import StoreRefused
@@ -10,6 +12,8 @@ from cache_store.keys import BlockKey
 from cache_store.outcomes import WatchEvent
 
 SNAPSHOT_KEYS = 1 << 16  # per event
+
+Watcher = asyncio.Queue[WatchEvent] | queue.Queue[WatchEvent | None]
 
 
 class ChangeLog:
@@ -48,24 +52,29 @@ class EventFeed:
     def __init__(self, max_watchers: int, queue_events: int) -> None:
         self._max_watchers = max_watchers
         self._queue_events = queue_events
-        self._queues: set[asyncio.Queue[WatchEvent]] = set()
+        self._queues: set[Watcher] = set()
 
     def publish(self, event: WatchEvent) -> None:
-        for queue in self._queues:
-            if queue.full():
-                queue.get_nowait()  # the oldest, so that what the watcher reads next shows the gap
-            queue.put_nowait(event)
+        for watcher in self._queues:
+            if watcher.full():
+                with contextlib.suppress(queue.Empty):  # its thread was quicker
+                    watcher.get_nowait()  # the oldest, so that what the watcher reads next shows the gap
+            watcher.put_nowait(event)
 
     def subscribe(self) -> asyncio.Queue[WatchEvent]:
         """Events from now on. StoreRefused when there are too many watchers. `unsubscribe` when done."""
+        watcher: asyncio.Queue[WatchEvent] = asyncio.Queue(self._queue_events)
+        self.add(watcher)
+        return watcher
+
+    def add(self, watcher: Watcher) -> None:
+        """As `subscribe`, with a queue of the watcher's own, which may be one for threads."""
         if len(self._queues) >= self._max_watchers:
             raise StoreRefused(f"there are {self._max_watchers} watchers already")
-        queue: asyncio.Queue[WatchEvent] = asyncio.Queue(self._queue_events)
-        self._queues.add(queue)
-        return queue
+        self._queues.add(watcher)
 
-    def unsubscribe(self, queue: asyncio.Queue[WatchEvent]) -> None:
-        self._queues.discard(queue)
+    def unsubscribe(self, watcher: Watcher) -> None:
+        self._queues.discard(watcher)
 
 
 def pieces(snapshot: WatchEvent) -> Iterator[WatchEvent]:

@@ -41,6 +41,8 @@ MISS = {
 }
 TIER = {"dram": pb.DRAM, "disk": pb.DISK, "peer": pb.PEER}
 
+TIER_NAMES = {int(number): name for name, number in TIER.items()}
+
 STATUS: dict[type[Exception], grpc.StatusCode] = {
     StoreUnavailable: grpc.StatusCode.NOT_FOUND,  # the session is not known here
     StoreRefused: grpc.StatusCode.FAILED_PRECONDITION,
