@@ -34,7 +34,7 @@ class Accesses:
         self._clock = clock
         self.num_hits: Counter[str] = Counter()  # blocks brought or found, by tier
         self.num_misses: Counter[MissReason] = Counter()
-        self.num_sampled = self.num_sampled_hits = 0
+        self.num_sampled = self.num_sampled_hits = 0.0
         self._evicted: OrderedDict[bytes, None] = OrderedDict()
         self._sample: set[int] = set()
         self._threshold = FULL
@@ -80,6 +80,8 @@ class Accesses:
         self._sample.add(name)
         while len(self._sample) > SAMPLE_KEYS:
             self._threshold //= 2
+            self.num_sampled /= 2  # what was counted so far was a larger sample
+            self.num_sampled_hits /= 2
             self._sample = {each for each in self._sample if each % FULL < self._threshold}
 
     def _is_poll(self, question: tuple[str, bytes]) -> bool:

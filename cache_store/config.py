@@ -36,6 +36,7 @@ class StoreConfig:
     max_pinned_share_per_owner: float = 0.25
     peer_address: str = ""  # HOST:PORT that stores of other nodes pull from (port 0: any); "": nothing is lent
     peers: tuple[str, ...] = ()  # HOST:PORT of those to pull from, until SetPeers names others
+    metrics_address: str = ""  # HOST:PORT of an HTTP server with Prometheus metrics; "": none, the Metrics rpc has them too
     load_timeout_s: float = 10.0  # of one batch of blocks from disk or a peer
     disk_bytes: int = 0  # of the disk tier; 0: none
     disk_directory: str = ""  # where it lies; one store at a time uses it
@@ -53,10 +54,10 @@ class StoreConfig:
             raise ValueError("max_ttl_s, kill_grace_s: must be positive")
         if min(self.max_sessions, self.max_leases, self.max_claims, self.max_keys, self.max_watchers, self.watch_queue_events) < 1:
             raise ValueError("max_sessions, max_leases, max_claims, max_keys, max_watchers, watch_queue_events: must be at least 1")
-        for name in ((self.peer_address,) if self.peer_address else ()) + self.peers:
+        for name in filter(None, (self.peer_address, self.metrics_address, *self.peers)):
             host, _, port = name.rpartition(":")
             if not host or not port.isdecimal():
-                raise ValueError(f"peer_address, peers: must be HOST:PORT, not {name!r}")
+                raise ValueError(f"peer_address, peers, metrics_address: must be HOST:PORT, not {name!r}")
         if not 0 <= self.max_pinned_share_per_owner <= self.max_pinned_share < 1:
             raise ValueError("max_pinned_share, max_pinned_share_per_owner: must be shares of the arena, in that order, below 1")
         if self.disk_bytes and not self.disk_directory:

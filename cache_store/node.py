@@ -24,6 +24,7 @@ from cache_store.config import StoreConfig
 from cache_store.errands import Shape
 from cache_store.keys import BlockKey
 from cache_store.leases import Session
+from cache_store.metrics import MetricsServer
 from cache_store.outcomes import Pinned, StoreStat, WatchEvent
 from cache_store.peer_server import PeerServer
 from cache_store.pricing import Ledger
@@ -218,6 +219,8 @@ async def opened(config: StoreConfig) -> AsyncIterator[StoreNode]:
             node.peer_server = PeerServer(node, config.peer_address, config.secret)
             stack.callback(node.peer_server.tickets.close)
             stack.push_async_callback(asyncio.to_thread, node.peer_server.close)
+        if config.metrics_address:
+            stack.callback(MetricsServer(node, config.metrics_address).close)
         node.set_peers(config.peers)
         stack.push_async_callback(asyncio.to_thread, peers.close)
         yield node

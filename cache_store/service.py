@@ -14,6 +14,7 @@ import grpc
 
 from cache_store.errors import StoreError
 from cache_store.keys import join_keys, split_keys
+from cache_store.metrics import render
 from cache_store.node import StoreNode
 from cache_store.outcomes import WatchEvent
 from cache_store.watch import pieces
@@ -190,6 +191,10 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
     @_answers
     def Unpin(self, request: pb.UnpinRequest) -> pb.UnpinResponse:  # noqa: N802
         return pb.UnpinResponse(num_unpinned=self._store.pins.remove(request.owner, request.pin_ids))
+
+    @_answers
+    def Metrics(self, request: pb.MetricsRequest) -> pb.MetricsResponse:  # noqa: N802
+        return pb.MetricsResponse(text=render(self._node))
 
     @_answers
     def SetPeers(self, request: pb.SetPeersRequest) -> pb.SetPeersResponse:  # noqa: N802

@@ -35,6 +35,7 @@ from runtime.engine.kv_offers import KvOffers
 from runtime.engine.live import EngineRequest as EngineRequest
 from runtime.engine.live import LiveRequest, Phase, RequestKey
 from runtime.engine.outputs import Outputs
+from runtime.engine.prefill_rate import PrefillRate
 from runtime.engine.scheduler import Launched, Scheduler
 from runtime.engine.store_port import NoStore, StoreAnswer, StorePort, StoreReady
 from runtime.errors import GroupFailed, MobulaError
@@ -64,6 +65,7 @@ class Engine:
         *,
         digest: Callable[[], bytes] | None = None,
         processes: tuple[tuple[int, int], ...] = (),
+        prefill_rate: PrefillRate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`digest` computes the weights digest where the group does not know it; it runs on a thread of its own, and until it is done the
@@ -85,6 +87,7 @@ class Engine:
         self.blocks.on_publish, self.blocks.on_evict = self.offers.published, self.offers.evicted
         self._group, self._port, self._sink, self._clock = group, port, sink, clock
         self._processes = processes
+        self._prefill_rate = prefill_rate or PrefillRate()
         self._inbox = Inbox(config)
         self._taken: list[Message] = []
         self._live: dict[RequestKey, LiveRequest] = {}
@@ -226,7 +229,8 @@ class Engine:
         if isinstance(answer, CopyResult):
             _ = self.loads.copied(answer, now_s) or self.offers.copied(answer)
             return
-        launched, _ = self._launched.popleft()
+        launched, launched_s = self._launched.popleft()
+        self._prefill_rate.note(launched.plan, launched_s, now_s)
         self._oldest_launch_s = self._launched[0][1] if self._launched else None
         if launched.plan.sequence != answer.sequence:
             raise GroupFailed(f"the group answered step {answer.sequence} where {launched.plan.sequence} was next")

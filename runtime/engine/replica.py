@@ -10,6 +10,7 @@ from typing import NamedTuple
 from cache_store.processes import process_identity
 from runtime.engine.config import EngineConfig
 from runtime.engine.engine import Engine
+from runtime.engine.prefill_rate import PrefillRate
 from runtime.engine.server import EngineServer
 from runtime.engine.store_port import RemoteStore
 from workers.config import WorkerConfig
@@ -38,8 +39,12 @@ def serve_replica(
         server = EngineServer(secret=endpoints.secret, host=endpoints.host)
         stack.callback(server.stop)
         store = None
+        prefill_rate = PrefillRate()
         if endpoints.store_address:
-            store = stack.enter_context(RemoteStore(endpoints.store_address, endpoints.secret, config.replica_id))
+            remote = RemoteStore(
+                endpoints.store_address, endpoints.secret, config.replica_id, tokens_per_s=lambda: prefill_rate.tokens_per_s
+            )
+            store = stack.enter_context(remote)
         engine = Engine(
             config,
             group,
@@ -47,6 +52,7 @@ def serve_replica(
             server.deliver,
             digest=lambda: weights_digest(worker.model),
             processes=(process_identity(os.getpid()),),
+            prefill_rate=prefill_rate,
         )
         on_ready(f"{endpoints.public_host}:{server.start(engine)}", engine.stop)
         failure = engine.run()

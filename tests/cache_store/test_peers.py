@@ -175,3 +175,18 @@ async def test_tickets_are_good_once_and_secrets_are_asked_for(store_process: St
         expiring = await stub.Open(pb.OpenRequest(keys=key("a"), layout=LAYOUT.digest(), timeout_ms=50), metadata=metadata, timeout=5.0)
         assert expiring.num_blocks == 1
     await at_rest(user.client)  # also of what nobody fetched
+
+
+async def test_what_is_cheaper_to_compute_is_not_brought(store_process: Start, user_of: Join) -> None:
+    first = store_process(num_slots=64, peer_address=LOOPBACK)
+    user, two = await user_of(first), await user_of(store_process(num_slots=64, peers=(first.peer_address,)))
+    keys = chain("a", 8)
+    await user.put(keys)
+    await two.put(keys[:2])
+    await knows(two.client, keys, [("dram", 2), ("peer", 6)])
+    slow = await two.client.lookup(keys, 1_000.0)
+    fast = await two.client.lookup(keys, 1e9)
+    assert (slow.num_blocks, slow.num_cheaper_to_compute, slow.miss_reason) == (8, 0, None)
+    assert (fast.num_blocks, fast.num_cheaper_to_compute, fast.miss_reason) == (0, 8, "cheaper_to_compute")
+    medium = await two.client.lookup(keys, 100_000.0)  # 6 blocks: 1 ms to compute, 2 ms to ask a peer for
+    assert (medium.num_blocks, medium.tier_runs, medium.num_cheaper_to_compute) == (2, [("dram", 2)], 6)
