@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-NAMES = ("scheduler_bench", "dispatch_bench", "store_bench", "frontdoor_bench", "model_bench")
+NAMES = ("scheduler_bench", "dispatch_bench", "store_bench", "peer_bench", "frontdoor_bench", "model_bench")
 
 
 def main(names: list[str]) -> int:
