@@ -133,10 +133,6 @@ class Arena:
         assert offset + num_bytes <= self.opened_bytes
         return self._data[self.data_offset + offset : self.data_offset + offset + num_bytes]
 
-    def send(self, sock_fd: int, offset: int, num_bytes: int) -> int:
-        """Hands bytes to a socket without a copy through this process; returns how many it took."""
-        return os.sendfile(sock_fd, self._fd, self.data_offset + offset, num_bytes)
-
     def close(self) -> None:
         """Removes the file; memory returns to the system when the last process unmaps it. Idempotent."""
         if self._fd < 0:

@@ -1,7 +1,7 @@
 """What a store offers to stores of other nodes: its events, and its blocks' bytes. It has threads and a port of its own, so that bulk never
 holds up control.
 
-    Open -> loan and ticket -> plain socket: ticket in, bytes out by sendfile, one byte of thanks in
+    Open -> loan and ticket -> plain socket: ticket in, bytes out
                             -> Fetch: the same over gRPC, where the plain port cannot be reached
 """
 
@@ -13,7 +13,6 @@ import hmac
 import logging
 import queue
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ import grpc
 from cache_store.errors import StoreError, StoreRefused
 from cache_store.keys import join_keys, split_keys
 from cache_store.outcomes import WatchEvent
-from cache_store.tickets import TICKET_BYTES, Loan, Tickets
+from cache_store.tickets import TICKET_BYTES, Loan, Span, Tickets, spans
 from cache_store.watch import pieces
 from cache_store.wire import SECRET_HEADER, TIER
 from protos import cache_store_pb2 as pb
@@ -142,10 +141,10 @@ class PeerServer(cache_store_pb2_grpc.PeerStoreServicer):
         assert loan is not None
         arena, num_sent = self._node.store.tier.arena, 0
         try:
-            for block in loan.blocks:
-                for start in range(0, block.num_bytes, CHUNK_BYTES):
-                    chunk = arena.read(block.offset + start, min(CHUNK_BYTES, block.num_bytes - start))
-                    if not self.tickets.is_whole(block) or time.monotonic() > loan.deadline_s:
+            for span in spans(loan.blocks, CHUNK_BYTES):
+                for start in range(0, span.num_bytes, CHUNK_BYTES):
+                    chunk = arena.read(span.offset + start, min(CHUNK_BYTES, span.num_bytes - start))
+                    if not self._holds(loan, span):
                         context.abort(grpc.StatusCode.ABORTED, "the loan has ended")
                     num_sent += len(chunk)
                     yield chunk
@@ -162,38 +161,27 @@ class PeerServer(cache_store_pb2_grpc.PeerStoreServicer):
 
     def _send(self, connection: socket.socket) -> None:
         """Serves one ticket over a plain socket."""
+        loan, num_sent = None, 0
         with connection:
-            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-                connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(STALL_S), 0))
-            loan = None
-            num_sent = 0
             try:
+                connection.settimeout(STALL_S)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                ticket = connection.recv(TICKET_BYTES, socket.MSG_WAITALL)
-                loan = self.tickets.redeem(ticket)
-                if loan is not None:
-                    num_sent = self._send_blocks(connection, loan)
-                    connection.recv(1)  # until it has all been read: the kernel sends from the slots themselves
+                loan = self.tickets.redeem(connection.recv(TICKET_BYTES))
+                for span in spans(loan.blocks, CHUNK_BYTES) if loan is not None else ():
+                    if loan is None or not self._holds(loan, span):
+                        break
+                    with self._node.store.tier.arena.view(span.offset, span.num_bytes) as data:
+                        connection.sendall(data)
+                    num_sent += span.num_bytes
             except OSError as error:
                 log.info("a peer has broken off a transfer: %s", error)
             finally:
                 if loan is not None:
                     self.tickets.end(loan, num_sent)
 
-    def _send_blocks(self, connection: socket.socket, loan: Loan) -> int:
-        """Returns after all of them, or after the first that is not what was lent any more."""
-        arena, num_sent = self._node.store.tier.arena, 0
-        for block in loan.blocks:
-            position = 0
-            while position < block.num_bytes:
-                if time.monotonic() > loan.deadline_s or not self.tickets.is_whole(block):
-                    return num_sent
-                taken = arena.send(connection.fileno(), block.offset + position, block.num_bytes - position)
-                if not taken:
-                    return num_sent
-                position += taken
-                num_sent += taken
-        return num_sent
+    def _holds(self, loan: Loan, span: Span) -> bool:
+        """Whether a span is still what was lent."""
+        return time.monotonic() <= loan.deadline_s and all(map(self.tickets.is_whole, span.blocks))
 
 
 def _put_last(events: queue.Queue[WatchEvent | None]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +29,27 @@ class Lent(NamedTuple):
     offset: int
     num_bytes: int
     generation: int
+
+
+class Span(NamedTuple):
+    """Blocks that lie one after the other in the arena."""
+
+    offset: int
+    num_bytes: int
+    blocks: list[Lent]
+
+
+def spans(blocks: Sequence[Lent], max_bytes: int) -> Iterator[Span]:
+    """The blocks, in their order, as spans of up to `max_bytes`, or of one block that is larger."""
+    run: list[Lent] = []
+    for block in blocks:
+        end = run[-1].offset + run[-1].num_bytes if run else -1
+        if run and (block.offset != end or end + block.num_bytes - run[0].offset > max_bytes):
+            yield Span(run[0].offset, end - run[0].offset, run)
+            run = []
+        run.append(block)
+    if run:
+        yield Span(run[0].offset, run[-1].offset + run[-1].num_bytes - run[0].offset, run)
 
 
 @dataclass(slots=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import time
@@ -43,8 +42,6 @@ class Receiver:
             for position, view in enumerate(views):
                 _fill(connection, view, deadline_s)
                 yield position
-            with contextlib.suppress(OSError):  # it only lets the sender go earlier
-                connection.sendall(b"!")
 
     def _connect(self, port: int) -> socket.socket | None:
         if time.monotonic() < self._no_plain_until_s:

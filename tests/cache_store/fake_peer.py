@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,9 +103,3 @@ class FakePeer(cache_store_pb2_grpc.PeerStoreServicer):
                 assert connection.recv(16, socket.MSG_WAITALL) == b"t" * 16
                 for piece in self._pieces():
                     connection.sendall(piece)
-                if self.behaviour == "good":
-                    connection.recv(1)
-
-
-def within(begun_s: float, limit_s: float) -> bool:
-    return time.monotonic() - begun_s < limit_s
