@@ -2,15 +2,17 @@
 # make test    sets up .venv and runs every test that needs no GPU
 # make check   format, lint, types, import arrows, torch-free imports, stub drift
 # make bench   prints the CPU budgets
+# make soak    ten minutes of requests while engines, peers and stores are killed; SOAK_SECONDS=60 for less
 
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STUBS := .venv-stubs
+SOAK_SECONDS ?= 600
 PROTOS := protos/inference.proto protos/cache_store.proto
 
-.PHONY: demo test check bench stubs clean
+.PHONY: demo test check bench soak stubs clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/mobula demo
@@ -31,6 +33,9 @@ check: $(VENV)/.ready $(STUBS)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m tests.bench
+
+soak: $(VENV)/.ready
+	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS)
 
 stubs: $(STUBS)/.ready
 	$(STUBS)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
