@@ -140,7 +140,8 @@ class Arena:
         self.path.unlink(missing_ok=True)
         self.words.release()
         self._data.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):  # a thread that did not end in time still copies: the process's end unmaps it
+            self._map.close()
         os.close(self._fd)
         self._fd = -1
 

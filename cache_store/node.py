@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ from cache_store.store import Store
 from cache_store.tiers.disk import DiskTier
 from cache_store.tiers.dram import DramTier
 from cache_store.tiers.peer import PeerTier
-from cache_store.watch import EventFeed
+from cache_store.watch import ChangeLog, EventFeed
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,11 @@ class StoreNode:
 
     def stat(self) -> StoreStat:
         disk = self.disk
-        stat = self.store.stat()._replace(num_peers=sum(peer.is_watched for peer in self.peers.peers))
+        stat = self.store.stat()
+        misses = self.store.accesses.num_misses
+        not_found = misses[MissReason.COLD] + misses[MissReason.EVICTED]  # by lookups: nobody acquires those
+        num_peers = sum(peer.is_watched for peer in self.peers.peers)
+        stat = stat._replace(missed_blocks=stat.missed_blocks + not_found, num_peers=num_peers)
         if disk is None:
             return stat
         return stat._replace(disk_blocks=len(disk), disk_bytes=disk.stored_bytes, disk_total_bytes=disk.num_bytes)
@@ -127,9 +132,9 @@ class StoreNode:
                 raise ValueError(f"addresses: must be HOST:PORT, not {address!r}")
         self.peers.set_peers([address for address in addresses if address != own])
 
-    def check(self) -> list[str]:
-        """Every violated invariant, in words, of the arena and the disk."""
-        return self.store.check() + (self.disk.check() if self.disk is not None else [])
+    async def check(self) -> list[str]:
+        """Every violated invariant, in words, of the arena and the disk. The disk's rows are read on a thread."""
+        return self.store.check() + (await asyncio.to_thread(self.disk.check) if self.disk is not None else [])
 
     def settle(self) -> None:
         """After every call: what the call has left to do in the background."""
@@ -191,8 +196,12 @@ async def opened(config: StoreConfig) -> AsyncIterator[StoreNode]:
     loop = asyncio.get_running_loop()
     feed = EventFeed(config.max_watchers, config.watch_queue_events)
     async with contextlib.AsyncExitStack() as stack:
-        disk = await _open_disk(config, loop, lambda: node.store)
-        if disk is not None:
+        disk = None
+        if config.disk_bytes:
+            changes = _DiskChanges(loop, lambda: store.changes)
+            disk = DiskTier(
+                config.disk_directory, config.disk_bytes, config.extent_bytes, on_stored=changes.stored, on_removed=changes.removed
+            )
             stack.callback(disk.close)
         arena = stack.enter_context(Arena.create(config.directory, config.memory_bytes, config.extent_bytes))
         spilled = _Spilled()
@@ -222,6 +231,9 @@ async def opened(config: StoreConfig) -> AsyncIterator[StoreNode]:
         if config.metrics_address:
             stack.callback(MetricsServer(node, config.metrics_address).close)
         node.set_peers(config.peers)
+        if disk is not None:
+            restoring = asyncio.ensure_future(asyncio.to_thread(disk.restore))
+            restoring.add_done_callback(lambda _: node.settle())
         stack.push_async_callback(asyncio.to_thread, peers.close)
         yield node
 
@@ -259,22 +271,31 @@ def _open_dram(
     return DramTier(arena, config, loop.time, on_stored=stored, on_removed=removed)
 
 
-async def _open_disk(config: StoreConfig, loop: asyncio.AbstractEventLoop, store: Callable[[], Store]) -> DiskTier | None:
-    """The disk tier, found again on a thread; its changes are published on the loop."""
-    if not config.disk_bytes:
-        return None
+class _DiskChanges:
+    """Carries the disk tier's changes from its threads to the store's log, many at a time."""
 
-    def note(key: bytes, *, stored: bool) -> None:
-        changes = store().changes
-        (changes.stored if stored else changes.removed)("disk", key)
+    def __init__(self, loop: asyncio.AbstractEventLoop, log_of: Callable[[], ChangeLog]) -> None:
+        self._loop, self._log_of = loop, log_of
+        self._changes: deque[tuple[bytes, bool]] = deque()
+        self._is_posted = False
+
+    def stored(self, key: bytes) -> None:
+        self._note(key, True)
+
+    def removed(self, key: bytes) -> None:
+        self._note(key, False)
+
+    def _note(self, key: bytes, stored: bool) -> None:
+        """On whichever thread; the tier's lock keeps the order."""
+        self._changes.append((key, stored))
+        if not self._is_posted:
+            self._is_posted = True
+            self._loop.call_soon_threadsafe(self._publish)
+
+    def _publish(self) -> None:
+        self._is_posted = False  # before taking: what is noted from here on posts again
+        changes = self._log_of()
+        for _ in range(len(self._changes)):
+            key, stored = self._changes.popleft()
+            (changes.stored if stored else changes.removed)("disk", key)
         changes.flush()
-
-    def on_stored(key: bytes) -> None:
-        loop.call_soon_threadsafe(lambda: note(key, stored=True))
-
-    def on_removed(key: bytes) -> None:
-        loop.call_soon_threadsafe(lambda: note(key, stored=False))
-
-    return await asyncio.to_thread(
-        DiskTier, config.disk_directory, config.disk_bytes, config.extent_bytes, on_stored=on_stored, on_removed=on_removed
-    )

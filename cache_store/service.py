@@ -1,4 +1,4 @@
-"""The gRPC face of the store. Messages in, one call to the node, messages out; everything on one loop, where only Acquire and Pin wait."""
+"""The gRPC face of the store. Messages in, one call to the node, messages out. All on one loop; Acquire, Pin and Check wait there."""
 
 from __future__ import annotations
 
@@ -176,9 +176,9 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
     def Stat(self, request: pb.StatRequest) -> pb.StatResponse:  # noqa: N802
         return pb.StatResponse(**self._node.stat()._asdict())
 
-    @_answers
-    def Check(self, request: pb.CheckRequest) -> pb.CheckResponse:  # noqa: N802
-        return pb.CheckResponse(problems=self._node.check())
+    @_answers_later
+    async def Check(self, request: pb.CheckRequest) -> pb.CheckResponse:  # noqa: N802
+        return pb.CheckResponse(problems=await self._node.check())
 
     @_answers_later
     async def Pin(self, request: pb.PinRequest) -> pb.PinResponse:  # noqa: N802

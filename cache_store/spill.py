@@ -63,7 +63,7 @@ class Spiller:
 
     def advance(self) -> None:
         """Starts the next batch, if none is under way."""
-        if self._loan is not None or self._closed:
+        if self._loan is not None or self._closed or not self._disk.is_restored:
             return
         batch: list[Block] = []
         num_bytes = 0

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cache_store.blocks import Block, BlockState, new_block
-from cache_store.checksums import is_intact
+from cache_store.checksums import CHECKSUM_BYTES, is_intact
 from cache_store.config import StoreConfig
 from cache_store.errors import StoreRefused
 from cache_store.tiers.base import TierBlock
@@ -47,7 +47,10 @@ class Described(NamedTuple):
 
 
 class DiskTier:
-    """Owner of the directory's files while it is open. LRU within the tier; after a restart in the order of writing."""
+    """Owner of the directory's files while it is open. LRU within the tier; after a restart in the order of writing.
+
+    What an earlier store has left is there after `restore`, which may take a while (20 us a block); nothing is written before.
+    """
 
     name = "disk"
     batch_bytes = 4 << 20
@@ -66,8 +69,9 @@ class DiskTier:
         self.num_corrupt = self.num_failed_writes = 0
         self.num_bytes = num_bytes
         self._lock = threading.Lock()  # protects the books and the counters; never held during I/O
-        self._on_stored: Callable[[bytes], None] = _ignore  # nothing is said of what is only found again
-        self._on_removed: Callable[[bytes], None] = _ignore
+        self._on_stored, self._on_removed = on_stored, on_removed
+        self._closing, self._restoring = threading.Event(), threading.Lock()
+        self.is_restored = False
         with contextlib.ExitStack() as on_failure:
             self._lock_fd = _lock_directory(Path(directory))
             on_failure.callback(os.close, self._lock_fd)
@@ -81,8 +85,6 @@ class DiskTier:
         )
         for start in range(0, num_bytes, extent_bytes):
             self._slots.slots.add(start, min(extent_bytes, num_bytes - start))
-        self._restore()
-        self._on_stored, self._on_removed = on_stored, on_removed
 
     @property
     def stored_bytes(self) -> int:
@@ -96,6 +98,24 @@ class DiskTier:
         """All that `find` can find."""
         with self._lock:
             return [key for key, block in self._slots.index.items() if block.state is BlockState.STORED]
+
+    def restore(self) -> None:
+        """Finds again what an earlier store has left. A row that does not fit (another size of the tier, a lost parent) is dropped. Other
+        threads may look and read meanwhile."""
+        begun_s = time.monotonic()
+        dropped = []
+        with self._restoring:
+            for row in self._index.rows():
+                if self._closing.is_set():
+                    return
+                with self._lock:
+                    if not self._restore_row(row):
+                        dropped.append(row.key)
+            with self._lock:
+                self._index.start(dropped)
+                self.is_restored = True
+        if len(self) or dropped:
+            log.info("found %d blocks on disk in %.2f s, dropped %d", len(self), time.monotonic() - begun_s, len(dropped))
 
     def can_hold(self, num_bytes: int) -> bool:
         return self._slots.can_hold(num_bytes)
@@ -156,6 +176,8 @@ class DiskTier:
     def write(self, block: TierBlock) -> bool:
         if not self.can_hold(len(block.data)):
             raise ValueError(f"a block of {len(block.data)} bytes is larger than an extent")
+        if not self.is_restored:
+            return False
         with self._lock:
             found = self._slots.index.get(block.key)
             if found is not None:
@@ -200,14 +222,17 @@ class DiskTier:
         rows = self._index.keys()
         with self._lock:
             same = stored == {key for key, block in self._slots.index.items() if block.state is BlockState.STORED}
-        if same and self._index.is_good and rows != stored:
+        if same and self.is_restored and self._index.is_good and rows != stored:
             problems.append(f"the disk's index has {len(rows - stored)} blocks too many and lacks {len(stored - rows)}")
         return problems
 
     def close(self) -> None:
-        """Leaves the blocks to the next store. No other call may be under way."""
+        """Leaves the blocks to the next store. No other call may be under way, but for `restore`, which ends early."""
         if self._fd < 0:
             return
+        self._closing.set()
+        with self._restoring:
+            pass
         self._index.close()
         os.close(self._fd)
         os.close(self._lock_fd)
@@ -230,28 +255,23 @@ class DiskTier:
         for each in reversed(doomed):
             self._slots.discard(each.key)
 
-    def _restore(self) -> None:
-        """Finds again what an earlier store has left. A row that does not fit (another size of the tier, a lost parent) is dropped."""
-        begun_s = time.monotonic()
-        dropped = []
-        for row in self._index.rows():
-            parents = [] if row.parent is None else self._slots.leading([row.parent], row.layout)
-            block = new_block(row.key, row.layout, row.num_bytes, len(row.checksums) // 8, parents[0] if parents else None)
-            block.missing, block.checksums = 0, array("Q", row.checksums)
-            lost = row.parent is not None and not parents
-            if lost or row.key in self._slots.index or not self._slots.place(block, row.offset):
-                dropped.append(row.key)
-            else:
-                self._slots.admit(block)
-        self._index.start([*dropped])
-        if len(self) or dropped:
-            log.info("found %d blocks on disk in %.2f s, dropped %d", len(self), time.monotonic() - begun_s, len(dropped))
+    def _restore_row(self, row: Row) -> bool:
+        parents = [] if row.parent is None else self._slots.leading([row.parent], row.layout)
+        if row.parent is not None and not parents:
+            return False
+        block = new_block(row.key, row.layout, row.num_bytes, len(row.checksums) // CHECKSUM_BYTES, parents[0] if parents else None)
+        block.missing, block.checksums = 0, array("Q", row.checksums)
+        if row.key in self._slots.index or not self._slots.place(block, row.offset):
+            return False
+        self._slots.admit(block)
+        return True
 
     def _note_stored(self, key: bytes) -> None:
         block = self._slots.index[key]
         assert block.slot
         parent = block.parent.key if block.parent else None
-        self._index.insert(Row(key, parent, block.layout, block.slot.offset, block.num_bytes, block.checksums.tobytes()))
+        if self.is_restored:  # or the row is there already
+            self._index.insert(Row(key, parent, block.layout, block.slot.offset, block.num_bytes, block.checksums.tobytes()))
         self._on_stored(key)
 
     def _note_removed(self, key: bytes) -> None:
@@ -275,4 +295,7 @@ def _lock_directory(directory: Path) -> int:
 
 
 def open_disk(config: StoreConfig) -> DiskTier:
-    return DiskTier(config.disk_directory, config.disk_bytes, config.extent_bytes)
+    """With all that an earlier store has left."""
+    tier = DiskTier(config.disk_directory, config.disk_bytes, config.extent_bytes)
+    tier.restore()
+    return tier

@@ -57,10 +57,8 @@ class DiskIndex:
             return {key for (key,) in self._db.execute("SELECT key FROM blocks")}
 
     def start(self, dropped: Sequence[bytes]) -> None:
-        """Ends the restoring, whose own notes are no changes, and deletes the rows that were of no use."""
-        self._changes.clear()
+        """Ends the restoring: the rows that were of no use are deleted with the next flush."""
         self._changes.extend(dropped)
-        self.flush()
 
     def insert(self, row: Row) -> None:
         self._changes.append(row)

@@ -39,6 +39,7 @@ class Disk:
     def __call__(self, num_slots: int = 8, extent_bytes: int = EXTENT) -> DiskTier:
         self.close()
         self._opened = DiskTier(str(self.directory), num_slots * GRANULE_BYTES, extent_bytes)
+        self._opened.restore()
         return self._opened
 
     def close(self) -> None:

@@ -65,6 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
             max_pinned_share=0.5, max_pinned_share_per_owner=0.4,
         )  # fmt: skip
         self.disk = DiskTier(str(self.directory / "disk"), DISK_SLOTS * SLOT_BYTES, 5 * SLOT_BYTES)
+        self.disk.restore()
         arena = Arena.create(config.directory, config.memory_bytes, config.extent_bytes)
 
         def make_tier(on_stored: object, on_removed: object) -> DramTier:
