@@ -22,9 +22,9 @@ from typing import NamedTuple
 import grpc
 
 from cache_store.arena import file_name, is_served, remove_stale
+from cache_store.assembly import opened
 from cache_store.config import StoreConfig, unix_path
 from cache_store.errors import StoreError, StoreRefused
-from cache_store.node import opened
 from cache_store.service import SecretInterceptor, StoreService
 from cache_store.wire import MAX_MESSAGE_BYTES
 from protos import cache_store_pb2_grpc

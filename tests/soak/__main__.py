@@ -1,7 +1,8 @@
 """`make soak`: requests without a pause, while engines, ranks, peers and stores are killed and stopped at random.
 
-Two nodes with a store each (memory, disk, the other as peer) and three replicas; tokens follow from every byte of the pages, so one wrong
-byte anywhere is a wrong token. Ends with a table; exit code 1 for a wrong token, a request without an answer, or anything left behind.
+Two nodes with a store each (the first with a disk, each the other's peer) and three replicas; tokens follow from every byte of the pages,
+so one wrong byte anywhere is a wrong token. Ends with a table; exit code 1 for a wrong token, a request without an answer, or anything
+left behind.
 usage: python -m tests.soak [--seconds N] [--seed N]
 """
 

@@ -1,4 +1,4 @@
-"""Two nodes on one machine: a store each, with disk and the other as its peer, and the replicas that use them. And what may befall them."""
+"""Two nodes on one machine: a store each, the first with a disk, each the other's peer, and the replicas that use them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class World:
         for number in range(2):
             config = StoreConfig(
                 memory_bytes=ARENA_BLOCKS * BLOCK_BYTES, extent_bytes=64 * BLOCK_BYTES, directory=str(memory), secret=SECRET,
-                peer_address="127.0.0.1:0", disk_bytes=4 * ARENA_BLOCKS * BLOCK_BYTES, disk_directory=str(disk / str(number)),
+                peer_address="127.0.0.1:0", disk_bytes=0 if number else 4 * ARENA_BLOCKS * BLOCK_BYTES, disk_directory=str(disk),
                 peers=tuple(store.peer_address for store in self.stores),
             )  # fmt: skip
             self.stores.append(StoreProcess(config))
