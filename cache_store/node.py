@@ -73,12 +73,12 @@ class StoreNode:
     async def acquire(self, session_id: str, keys: Sequence[bytes], ttl_s: float, max_wait_s: float) -> Acquired:
         """Pins the leading keys that are in the arena, or come there within `max_wait_s`."""
         session = self.store.session(session_id)
-        if max_wait_s <= 0 or not self.promoter.sources or self.store.tier.find(keys, session.layout_digest) == len(keys):
+        if max_wait_s <= 0 or self.store.tier.find(keys, session.layout_digest) == len(keys):
             pinned = self.store.acquire(session_id, keys, ttl_s)
-            return self._counted(pinned, keys, {}, None)
+            return self._acquired(session, pinned, keys, Brought())
         async with self._bringing(session, keys, max_wait_s) as brought:
             pinned = self.store.acquire(session_id, keys, ttl_s)
-            return self._counted(pinned, keys, brought.tiers, brought.shortfall if len(pinned.blocks) < len(keys) else None)
+            return self._acquired(session, pinned, keys, brought)
 
     async def pin(self, session_id: str, owner: str, keys: Sequence[bytes], ttl_s: float, max_wait_s: float) -> tuple[int, int, int, bool]:
         """Keeps the leading keys. -> (pin id or 0, blocks, bytes, whether the quotas allowed fewer than there are)"""
@@ -148,10 +148,15 @@ class StoreNode:
         block_s = layout.block_size / session.tokens_per_s if session.tokens_per_s > 0 else 0.0
         return self.promoter.bringing(keys, shape, self._loop.time() + max_wait_s, block_s)
 
-    def _counted(self, pinned: Pinned, keys: Sequence[bytes], tiers: dict[bytes, str], shortfall: MissReason | None) -> Acquired:
+    def _acquired(self, session: Session, pinned: Pinned, keys: Sequence[bytes], brought: Brought) -> Acquired:
+        """Counts, and keeps the disk's copies as warm as the arena's."""
         runs: Runs = []
+        shortfall = brought.shortfall if len(pinned.blocks) < len(keys) else None
+        if self.disk is not None and self.spiller is not None:
+            for key in self.disk.touch(keys[: len(pinned.blocks)], session.layout_digest):
+                self.spiller.stored(key)
         for key in keys[: len(pinned.blocks)]:
-            tier = tiers.get(key, "dram")
+            tier = brought.tiers.get(key, "dram")
             if runs and runs[-1][0] == tier:
                 runs[-1] = (tier, runs[-1][1] + 1)
             else:

@@ -124,6 +124,13 @@ class DiskTier:
         with self._lock:
             return len(self._slots.leading(keys, layout))
 
+    def touch(self, keys: Sequence[bytes], layout: bytes) -> list[bytes]:
+        """Blocks were used in the arena, parents before children: what is warm there stays here too. Returns those that are not here."""
+        with self._lock:
+            blocks = [(key, self._slots.leading([key], layout)) for key in keys]
+            self._slots.touch([block for _, found in blocks for block in found])
+        return [key for key, found in blocks if not found]
+
     def describe(self, key: bytes, layout: bytes) -> Described | None:
         """What is known about a block without reading it."""
         with self._lock:

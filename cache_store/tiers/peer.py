@@ -73,7 +73,6 @@ class Peer:
         """As `Source.load`."""
         deadline_s = time.monotonic() + timeout_s
         request = pb.OpenRequest(keys=join_keys(keys), layout=layout, timeout_ms=round(1000 * timeout_s))
-        num_good = 0
         try:
             reply: pb.OpenResponse = self._stub.Open(request, timeout=min(OPEN_TIMEOUT_S, timeout_s), metadata=self._metadata)
             num_blocks = min(reply.num_blocks, len(keys))
@@ -86,13 +85,13 @@ class Peer:
                     expected = checksums[position * width : (position + 1) * width]
                     if not is_intact(views[position], expected):
                         self.num_corrupt += 1
+                        self._forget(keys[position:])
                         raise OSError(f"block {keys[position].hex()} has not the bytes that it should have")
-                    num_good = position + 1
                     done(position, expected)
+            self._forget(keys[num_blocks:])
             self._rest_s = BACKOFF_S[0]
         except (grpc.RpcError, OSError) as error:
             self._failed(error)
-        self._forget(keys[num_good:])
 
     def close(self) -> None:
         """Ends the watching thread, and breaks off transfers."""
@@ -109,7 +108,7 @@ class Peer:
         self._rest_s = min(2 * self._rest_s, BACKOFF_S[1])
 
     def _forget(self, keys: Sequence[bytes]) -> None:
-        """It did not deliver them. If it has them nevertheless, the next snapshot says so."""
+        """It does not have them, or not intact. Should it have them again, an event or the next snapshot says so."""
         for held in self._keys.values():
             held.difference_update(keys)
 

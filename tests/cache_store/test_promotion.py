@@ -138,6 +138,33 @@ async def test_a_damaged_block_is_a_miss_and_what_is_before_it_a_hit(
         assert await user.client.check() == []
 
 
+async def test_what_is_warm_in_the_arena_stays_on_disk(store_process: Start, idle_child: Callable[[], Child], tmp_path: Path) -> None:
+    """Others pass through a disk that is hardly larger than the arena; the prefix that is used outlives the store all the same."""
+    disk = {"disk_bytes": 40 * SLOT_BYTES, "disk_directory": str(tmp_path / "disk")}
+    process = store_process(num_slots=32, extent_bytes=8 * SLOT_BYTES, **disk)
+    warm, holder = chain("warm", 6), idle_child()
+    async with user_of(process, holder) as user:
+        assert await user.put(warm) == warm
+        for number in range(12):
+            await user.put(chain(number, 8))
+            await spilled(user.client)
+            assert (await user.get(warm)).tier_runs == [("dram", 6)]
+        os.kill(pid := process.pid, signal.SIGKILL)
+        eventually(lambda: process.state is StoreState.READY and process.pid != pid, 20.0, "a new store")
+    async with user_of(process, holder) as user:
+        await on_disk(user.client, 30)
+        assert (await user.get(warm)).tier_runs == [("disk", 6)]
+        assert await user.client.check() == []
+
+
+async def spilled(client: StoreClient) -> None:
+    async def nothing_queued() -> bool:
+        lines = (await client.metrics()).splitlines()
+        return "mobula_store_queued_spills 0.0" in lines and "mobula_store_pinned_blocks 0.0" in lines
+
+    await eventually_async(nothing_queued, 10.0, "an empty queue of spills")
+
+
 def damage(path: Path, wanted: bytes) -> None:
     with open(path, "r+b") as file:
         file.seek(file.read().index(wanted) + 100)
