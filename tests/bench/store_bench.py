@@ -111,6 +111,12 @@ async def control(client: StoreClient, keys: list[BlockKey], when: str) -> list[
     ]
 
 
+def private_memory(num_pages: int, page_bytes: int) -> Buffer:
+    """Aligned, and in small pages of the system, as a rank's pages are on the CPU. numpy would ask for huge ones, which shared memory
+    does not get unless the system is told so; they alone make a copy 1.4 times as fast."""
+    return np.frombuffer(mmap.mmap(-1, num_pages * page_bytes), np.uint8).reshape(num_pages, page_bytes)
+
+
 def copies(attached: Attached, offsets: list[int]) -> list[Row]:
     """Pages into slots and back, looking at the generation word around every copy, as a rank does."""
     size = LAYOUT.block_bytes
@@ -118,8 +124,8 @@ def copies(attached: Attached, offsets: list[int]) -> list[Row]:
         arena = mmap.mmap(file.fileno(), attached.arena_bytes)
     words = np.frombuffer(arena, np.uint64, attached.data_offset // 8)
     data = np.frombuffer(arena, np.uint8, offset=attached.data_offset)
-    pages: Buffer = np.random.default_rng(0).integers(0, 256, (NUM_BLOCKS, size), np.uint8)
-    other: Buffer = np.zeros_like(pages)
+    pages, other = private_memory(NUM_BLOCKS, size), private_memory(NUM_BLOCKS, size)
+    pages[:] = np.random.default_rng(0).integers(0, 256, (NUM_BLOCKS, size), np.uint8)
 
     def around(offset: int, target: Buffer, source: Buffer) -> None:
         before = int(words[offset >> 12])
