@@ -147,10 +147,15 @@ class StoreClient:
         if session_id:
             await self._call(self._stub.Detach, pb.DetachRequest(session_id=session_id))
 
-    async def lookup(self, keys: Sequence[bytes], compute_tokens_per_s: float = 0.0) -> Found:
+    async def lookup(self, keys: Sequence[bytes], compute_tokens_per_s: float = 0.0, copy_bytes_per_s: float = 0.0) -> Found:
         """How many leading keys are stored, in whichever tier. Pins nothing. With the replica's rate of prefill, blocks are answered only
         as far as bringing them is cheaper than computing them."""
-        request = pb.LookupRequest(session_id=self._session(), keys=join_keys(keys), compute_tokens_per_s=compute_tokens_per_s)
+        request = pb.LookupRequest(
+            session_id=self._session(),
+            keys=join_keys(keys),
+            compute_tokens_per_s=compute_tokens_per_s,
+            copy_bytes_per_s=copy_bytes_per_s,
+        )
         reply: pb.LookupResponse = await self._call(self._stub.Lookup, request)
         return Found(reply.num_blocks, _runs(reply.tier_runs), reply.num_cheaper_to_compute, _MISSES.get(reply.miss_reason))
 

@@ -33,6 +33,7 @@ class Session:
     reads: dict[int, ReadLease] = field(default_factory=dict)
     writes: dict[int, WriteLease] = field(default_factory=dict)
     tokens_per_s: float = 0.0  # of prefill, as its client said last; 0: unknown
+    copy_bytes_per_s: float = 0.0  # from the arena into its pages, likewise
     quarantined: list[Block] = field(default_factory=list)  # once it has ended: what its processes may still write to
 
 

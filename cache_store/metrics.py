@@ -129,13 +129,15 @@ def _leases(node: StoreNode) -> Iterable[Metric]:
 def _choices(node: StoreNode) -> Iterable[Metric]:
     ledger, now_s = node.ledger, node.ledger.clock()
     chosen = CounterMetricFamily(PREFIX + "chosen_blocks", "Blocks found, by what was cheaper.", labels=("tier", "choice"))
-    for tier in ledger.rates:
+    for tier in ledger.costs:
         chosen.add_metric((tier, "bring"), ledger.num_brought[tier])
         chosen.add_metric((tier, "compute"), ledger.num_refused[tier])
     yield chosen
     yield _counter("regret_seconds", "What bringing blocks took beyond what computing them would have.", "tier", ledger.regret_s)
-    rates = {tier: rate.at(now_s) for tier, rate in ledger.rates.items()}
+    rates = {tier: cost.bytes_per_s.at(now_s) for tier, cost in ledger.costs.items()}
+    latencies = {tier: cost.latency_s.at(now_s) for tier, cost in ledger.costs.items()}
     yield _gauge("rate_bytes_per_second", "Rates that choices are made with.", "tier", rates)
+    yield _gauge("latency_seconds", "Latencies that choices are made with.", "tier", latencies)
 
 
 def _ages(ages: AgeCounts) -> Metric:

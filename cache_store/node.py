@@ -59,10 +59,13 @@ class StoreNode:
         self.ledger = promoter.ledger
         self._loop = asyncio.get_running_loop()
 
-    def look_up(self, session_id: str, keys: Sequence[bytes], tokens_per_s: float) -> Looked:
+    def look_up(self, session_id: str, keys: Sequence[bytes], tokens_per_s: float, copy_bytes_per_s: float = 0.0) -> Looked:
         """Which tiers have the leading keys, as far as bringing them is cheaper than computing them."""
         session = self.store.session(session_id)
         session.tokens_per_s = tokens_per_s
+        if copy_bytes_per_s not in (0.0, session.copy_bytes_per_s):  # measured anew
+            session.copy_bytes_per_s = copy_bytes_per_s
+            self.ledger.copied(copy_bytes_per_s)
         found = self.promoter.runs(keys, session.layout_digest)
         num_found = sum(count for _, count in found)
         choice = self.ledger.choose(found, session.layout.block_bytes, session.layout.block_size, tokens_per_s)

@@ -112,7 +112,8 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
 
     @_answers
     def Lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:  # noqa: N802
-        looked = self._node.look_up(request.session_id, self._keys(request.keys), request.compute_tokens_per_s)
+        keys = self._keys(request.keys)
+        looked = self._node.look_up(request.session_id, keys, request.compute_tokens_per_s, request.copy_bytes_per_s)
         return pb.LookupResponse(
             num_blocks=sum(count for _, count in looked.runs),
             tier_runs=_runs(looked.runs),

@@ -137,14 +137,16 @@ class DetachResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("session_id", "keys", "compute_tokens_per_s")
+    __slots__ = ("session_id", "keys", "compute_tokens_per_s", "copy_bytes_per_s")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    COPY_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     keys: bytes
     compute_tokens_per_s: float
-    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., compute_tokens_per_s: _Optional[float] = ...) -> None: ...
+    copy_bytes_per_s: float
+    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., compute_tokens_per_s: _Optional[float] = ..., copy_bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
     __slots__ = ("num_blocks", "tier_runs", "num_cheaper_to_compute", "miss_reason")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cache_store.processes import process_identity
 from runtime.engine.config import EngineConfig
 from runtime.engine.engine import Engine
-from runtime.engine.prefill_rate import PrefillRate
+from runtime.engine.rates import ReplicaRates
 from runtime.engine.server import EngineServer
 from runtime.engine.store_port import RemoteStore
 from workers.config import WorkerConfig
@@ -39,12 +39,9 @@ def serve_replica(
         server = EngineServer(secret=endpoints.secret, host=endpoints.host)
         stack.callback(server.stop)
         store = None
-        prefill_rate = PrefillRate()
+        rates = ReplicaRates()
         if endpoints.store_address:
-            remote = RemoteStore(
-                endpoints.store_address, endpoints.secret, config.replica_id, tokens_per_s=lambda: prefill_rate.tokens_per_s
-            )
-            store = stack.enter_context(remote)
+            store = stack.enter_context(RemoteStore(endpoints.store_address, endpoints.secret, config.replica_id, rates=rates))
         engine = Engine(
             config,
             group,
@@ -52,7 +49,7 @@ def serve_replica(
             server.deliver,
             digest=lambda: weights_digest(worker.model),
             processes=(process_identity(os.getpid()),),
-            prefill_rate=prefill_rate,
+            rates=rates,
         )
         on_ready(f"{endpoints.public_host}:{server.start(engine)}", engine.stop)
         failure = engine.run()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cache_store.errors import StoreError
 from cache_store.keys import BlockKey, Layout
+from runtime.engine.rates import ReplicaRates
 from runtime.loop import LoopThread
 from workers.step import ArenaSpec
 
@@ -146,11 +147,11 @@ class RemoteStore:
         *,
         timeout_s: float = CALL_TIMEOUT_S,
         probe_every_s: float = PROBE_EVERY_S,
-        tokens_per_s: Callable[[], float] = lambda: 0.0,
+        rates: ReplicaRates | None = None,
     ) -> None:
-        """`tokens_per_s` is the replica's rate of prefill, which the store weighs its tiers against; 0 while it is not known."""
+        """`rates` are the replica's, which the store weighs its tiers with; None: it answers all that it has."""
         self._address, self._secret, self._label = address, secret, label
-        self._timeout_s, self._probe_every_s, self._tokens_per_s = timeout_s, probe_every_s, tokens_per_s
+        self._timeout_s, self._probe_every_s, self._rates = timeout_s, probe_every_s, rates or ReplicaRates()
         self._state = StoreState.CONNECTING
         self._num_open = 0
         self._next_ticket = 0
@@ -234,7 +235,7 @@ class RemoteStore:
     async def _answer(self, client: StoreClient, ticket: int, question: Question) -> None:
         reply = None
         try:
-            reply = await _call(client, question, self._tokens_per_s())
+            reply = await _call(client, question, self._rates)
         except (StoreError, ValueError) as error:  # a question that the store finds wrong must not leave its slots behind
             self._lose(f"{type(question).__name__}: {error}")
         finally:
@@ -304,10 +305,10 @@ class RemoteStore:
         await client.close()
 
 
-async def _call(client: StoreClient, question: Question, tokens_per_s: float) -> Found | Acquired | Reserved | list[CommitOutcome] | int:
+async def _call(client: StoreClient, question: Question, rates: ReplicaRates) -> Found | Acquired | Reserved | list[CommitOutcome] | int:
     match question:
         case Lookup(keys):
-            return await client.lookup(keys, tokens_per_s)
+            return await client.lookup(keys, rates.tokens_per_s, rates.copy_bytes_per_s)
         case Acquire(keys, ttl_s):
             return await client.acquire(keys, ttl_s, ACQUIRE_WAIT_S)
         case Reserve(keys, parents, first, ttl_s):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cache_store.pricing import PRIORS, Ledger, Rate
+from cache_store.pricing import LARGE_BYTES, PRIORS, Figure, Ledger
 from tests.cache_store.conftest import FakeClock
 
 MB = 1 << 20
@@ -48,15 +48,18 @@ def test_a_dear_run_is_worth_it_for_a_cheap_one_behind(ledger: Ledger) -> None:
 def test_no_other_place_to_stop_is_cheaper(ledger: Ledger, clock: FakeClock, seed: int) -> None:
     rng = random.Random(seed)
     for tier in PRIORS:
-        ledger.rates[tier].note(rng.uniform(1e8, 1e10), clock())
+        ledger.costs[tier].bytes_per_s.note(rng.uniform(1e8, 1e10), clock())
     for _ in range(200):
         runs = [(rng.choice(list(PRIORS)), rng.randrange(1, 40)) for _ in range(rng.randrange(1, 5))]
         tokens_per_s = rng.uniform(500, 200_000)
         choice = ledger.choose(runs, MB, 16, tokens_per_s)
 
         def cost_s(num_runs: int, runs: list = runs, tokens_per_s: float = tokens_per_s) -> float:
-            brought = sum(PRIORS[tier][0] + count * MB / ledger.rates[tier].at(clock()) for tier, count in runs[:num_runs])
-            return brought + sum(count for _, count in runs[num_runs:]) * 16 / tokens_per_s
+            latencies = {tier: cost.latency_s.at(clock()) for tier, cost in ledger.costs.items()}
+            rates = {tier: cost.bytes_per_s.at(clock()) for tier, cost in ledger.costs.items()}
+            to_arena = sum(latencies[tier] + count * MB / rates[tier] for tier, count in runs[:num_runs] if tier != "dram")
+            to_pages = sum(count for _, count in runs[:num_runs]) * MB / rates["dram"]
+            return to_arena + to_pages + sum(count for _, count in runs[num_runs:]) * 16 / tokens_per_s
 
         best_s = min(cost_s(number) for number in range(len(runs) + 1))
         chosen = next(n for n in range(len(runs) + 1) if sum(count for _, count in runs[:n]) == choice.num_blocks)
@@ -64,7 +67,7 @@ def test_no_other_place_to_stop_is_cheaper(ledger: Ledger, clock: FakeClock, see
 
 
 def test_measurements_move_a_rate_and_time_moves_it_back(clock: FakeClock) -> None:
-    rate = Rate(1e9, 1e9)
+    rate = Figure(1e9)
     for _ in range(30):
         rate.note(1e7, clock())
     assert rate.at(clock()) == pytest.approx(1e7, rel=0.1)
@@ -78,5 +81,14 @@ def test_regret_is_what_bringing_took_beyond_computing(ledger: Ledger) -> None:
     ledger.brought("disk", 100 * MB, 9.0, 0.0)
     assert ledger.regret_s["peer"] == pytest.approx(0.3)
     assert ledger.regret_s["disk"] == 0.0
-    assert ledger.rates["peer"].at(ledger.clock()) < 1e9
+    assert ledger.costs["peer"].bytes_per_s.at(ledger.clock()) < 1e9
     assert ledger.brought_bytes == {"peer": 200 * MB, "disk": 100 * MB}
+
+
+def test_a_block_that_came_alone_does_not_make_a_thousand_look_slow(ledger: Ledger, clock: FakeClock) -> None:
+    for _ in range(20):
+        ledger.brought("peer", 4096, 0.004, 0.0)
+        ledger.brought("peer", 100 * LARGE_BYTES, 0.004 + 0.05, 0.0)
+    cost = ledger.costs["peer"]
+    assert cost.latency_s.at(clock()) == pytest.approx(0.004, rel=0.05)
+    assert cost.bytes_per_s.at(clock()) == pytest.approx(100 * LARGE_BYTES / 0.05, rel=0.05)
