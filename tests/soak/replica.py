@@ -18,6 +18,7 @@ from runtime.engine.config import EngineConfig
 from runtime.engine.engine import Engine
 from runtime.engine.frames import Load, RequestOutput
 from runtime.engine.live import EngineRequest
+from runtime.engine.rates import ReplicaRates
 from runtime.engine.store_port import RemoteStore
 from runtime.errors import GroupFailed
 from workers.config import WorkerConfig
@@ -65,18 +66,18 @@ def serve(engine: Engine, sink: Sink) -> None:
 def main() -> int:
     name, store_address = sys.argv[1:]
     config = WorkerConfig(model="none", device="cpu")
+    engine_config = EngineConfig(replica_id=name, max_num_seqs=16, max_num_batched_tokens=256)
+    rates = ReplicaRates()
     with (
         GroupListener(1, secret=SECRET) as listener,
         spawn_ranks(listener.address, 1, SECRET, parts=PARTS) as ranks,
         listener.accept(60.0, check=ranks.check) as group,
-        RemoteStore(store_address, SECRET, name, probe_every_s=0.3) as remote,
+        RemoteStore(store_address, SECRET, name, probe_every_s=0.3, rates=rates) as remote,
     ):
         group.load(config, lambda *progress: None, timeout_s=60.0)
         sink = Sink()
         processes = (process_identity(os.getpid()),)
-        engine = Engine(
-            EngineConfig(replica_id=name, max_num_seqs=16, max_num_batched_tokens=256), group, remote, sink, processes=processes
-        )
+        engine = Engine(engine_config, group, remote, sink, processes=processes, rates=rates)
         sink.say({"ready": name, "rank": ranks.pids[0]})
         reader = threading.Thread(target=lambda: (serve(engine, sink), engine.stop()), daemon=True)
         reader.start()
