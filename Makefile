@@ -2,6 +2,7 @@
 # make test    sets up .venv and runs every test that needs no GPU
 # make check   format, lint, types, import arrows, torch-free imports, stub drift
 # make bench   prints the CPU budgets
+# make soak    ten minutes of requests while engines, peers and stores are killed; SOAK_SECONDS=60 for less
 # make test-gpu, make bench-gpu    the same on a machine with a CUDA device, with the Python of PYTHON
 
 SHELL := bash
@@ -9,9 +10,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STUBS := .venv-stubs
+SOAK_SECONDS ?= 600
 PROTOS := protos/inference.proto protos/cache_store.proto
 
-.PHONY: demo test check bench test-gpu bench-gpu stubs clean
+.PHONY: demo test check bench soak test-gpu bench-gpu stubs clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/mobula demo
@@ -32,6 +34,9 @@ check: $(VENV)/.ready $(STUBS)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m tests.bench
+
+soak: $(VENV)/.ready
+	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS)
 
 test-gpu:
 	$(PYTHON) -m pytest tests/gpu -s

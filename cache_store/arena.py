@@ -35,6 +35,7 @@ _ZEROS = bytes(1 << 20)
 _CREATE_ATTEMPTS = 8
 _CONNECT_TIMEOUT_S = 1.0
 _SOCKET_GRACE_S = 10.0
+_PROGRESS_EVERY_S = 5.0
 
 
 def file_name(suffix: str) -> str:
@@ -59,8 +60,9 @@ class Arena:
         self._extent_bytes = extent_bytes
         os.ftruncate(fd, self.total_bytes)
         os.posix_fallocate(fd, 0, self.data_offset)
-        self._map = mmap.mmap(fd, self.data_offset)
-        self.words = memoryview(self._map).cast("Q")
+        self._map = mmap.mmap(fd, self.total_bytes)
+        self._data = memoryview(self._map)
+        self.words = self._data[: self.data_offset].cast("Q")
 
     @classmethod
     def create(cls, directory: str, memory_bytes: int, extent_bytes: int) -> Arena:
@@ -122,9 +124,14 @@ class Arena:
         """A copy of `num_bytes` at `offset` of the slot space."""
         return os.pread(self._fd, num_bytes, self.data_offset + offset)
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         assert offset + len(data) <= self.opened_bytes
         os.pwrite(self._fd, data, self.data_offset + offset)
+
+    def view(self, offset: int, num_bytes: int) -> memoryview:
+        """The bytes themselves, for reads and writes on threads. Whoever takes one releases it (`with`) before `close`."""
+        assert offset + num_bytes <= self.opened_bytes
+        return self._data[self.data_offset + offset : self.data_offset + offset + num_bytes]
 
     def close(self) -> None:
         """Removes the file; memory returns to the system when the last process unmaps it. Idempotent."""
@@ -132,7 +139,9 @@ class Arena:
             return
         self.path.unlink(missing_ok=True)
         self.words.release()
-        self._map.close()
+        self._data.release()
+        with contextlib.suppress(BufferError):  # a thread that did not end in time still copies: the process's end unmaps it
+            self._map.close()
         os.close(self._fd)
         self._fd = -1
 
@@ -149,11 +158,20 @@ class ArenaGrower:
         self._thread.start()
 
     def _run(self) -> None:
+        begun_s = told_s = time.monotonic()
         while not self._stop.is_set():
             opened = self._arena.open_next(self._stop.is_set)
+            now_s = time.monotonic()
+            if opened is not None:
+                self._on_open(*opened)
+            if opened is None or now_s - told_s > _PROGRESS_EVERY_S:
+                told_s = now_s
+                log.info(
+                    "arena %s: %d of %d MiB are faulted in after %.1f s",
+                    self._arena.path.name, self._arena.opened_bytes >> 20, self._arena.num_bytes >> 20, now_s - begun_s,
+                )  # fmt: skip
             if opened is None:
                 return
-            self._on_open(*opened)
 
     def close(self) -> None:
         """Returns when the thread has ended: after at most the extent that it is allocating."""

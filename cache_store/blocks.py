@@ -44,6 +44,7 @@ class Block:
     state: BlockState = BlockState.WRITING
     lease: WriteLease | None = None  # while held
     num_pins: int = 0
+    accessed_s: float = 0.0  # when it was last used
     children: dict[Block, None] = field(default_factory=dict)  # a set with an order
 
     @property

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import grpc
 
+from cache_store.accesses import MissReason as MissReason
 from cache_store.errors import StoreUnavailable
 from cache_store.keys import BlockKey, Layout, join_keys, split_keys
 from cache_store.outcomes import ClaimOutcome as ClaimOutcome
@@ -19,7 +20,18 @@ from cache_store.outcomes import CommitOutcome as CommitOutcome
 from cache_store.outcomes import ReserveOutcome as ReserveOutcome
 from cache_store.outcomes import StoreStat as StoreStat
 from cache_store.outcomes import WatchEvent as WatchEvent
-from cache_store.wire import CLAIM, COMMIT, ERROR_HEADER, ERRORS, MAX_MESSAGE_BYTES, RESERVE, SECRET_HEADER, TIER, layout_to_message
+from cache_store.wire import (
+    CLAIM,
+    COMMIT,
+    ERROR_HEADER,
+    ERRORS,
+    MAX_MESSAGE_BYTES,
+    MISS,
+    RESERVE,
+    SECRET_HEADER,
+    TIER_NAMES,
+    layout_to_message,
+)
 from protos import cache_store_pb2 as pb
 from protos import cache_store_pb2_grpc
 
@@ -37,7 +49,7 @@ _MAX_TTL_MS = (1 << 32) - 1
 _CLAIM_OUTCOMES = {number: outcome for outcome, number in CLAIM.items()}
 _RESERVE_OUTCOMES = {number: outcome for outcome, number in RESERVE.items()}
 _COMMIT_OUTCOMES = {number: outcome for outcome, number in COMMIT.items()}
-_TIERS = {int(number): name for name, number in TIER.items()}
+_MISSES = {int(number): reason for reason, number in MISS.items()}
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
@@ -55,6 +67,8 @@ class Attached(NamedTuple):
 class Found(NamedTuple):
     num_blocks: int
     tier_runs: list[tuple[str, int]]  # tiers "dram", "disk", "peer", in the order of the blocks
+    num_cheaper_to_compute: int = 0  # keys behind num_blocks that a tier has, but that are computed faster than brought
+    miss_reason: MissReason | None = None  # why the key behind num_blocks is not answered
 
 
 class Slot(NamedTuple):
@@ -67,6 +81,22 @@ class Acquired(NamedTuple):
     lease_id: int  # 0 when no block was found
     slots: list[Slot]  # of the leading keys
     tier_runs: list[tuple[str, int]]
+    shortfall: MissReason | None = None  # why the other tiers did not bring more
+
+
+class PinReply(NamedTuple):
+    pin_id: int  # 0 when nothing was pinned
+    num_blocks: int
+    num_bytes: int
+    over_quota: bool
+
+
+class PinEntry(NamedTuple):
+    pin_id: int
+    owner: str
+    num_blocks: int
+    num_bytes: int
+    remaining_s: float
 
 
 class ReservedSlot(NamedTuple):
@@ -117,10 +147,17 @@ class StoreClient:
         if session_id:
             await self._call(self._stub.Detach, pb.DetachRequest(session_id=session_id))
 
-    async def lookup(self, keys: Sequence[bytes]) -> Found:
-        """How many leading keys are stored. Pins nothing."""
-        reply: pb.LookupResponse = await self._call(self._stub.Lookup, pb.LookupRequest(session_id=self._session(), keys=join_keys(keys)))
-        return Found(reply.num_blocks, _runs(reply.tier_runs))
+    async def lookup(self, keys: Sequence[bytes], compute_tokens_per_s: float = 0.0, copy_bytes_per_s: float = 0.0) -> Found:
+        """How many leading keys are stored, in whichever tier. Pins nothing. With the replica's rate of prefill, blocks are answered only
+        as far as bringing them is cheaper than computing them."""
+        request = pb.LookupRequest(
+            session_id=self._session(),
+            keys=join_keys(keys),
+            compute_tokens_per_s=compute_tokens_per_s,
+            copy_bytes_per_s=copy_bytes_per_s,
+        )
+        reply: pb.LookupResponse = await self._call(self._stub.Lookup, request)
+        return Found(reply.num_blocks, _runs(reply.tier_runs), reply.num_cheaper_to_compute, _MISSES.get(reply.miss_reason))
 
     async def claim(self, keys: Sequence[bytes], ttl_s: float) -> list[ClaimOutcome]:
         """States the intent to compute blocks; forgotten after `ttl_s`, or when they are stored."""
@@ -128,9 +165,11 @@ class StoreClient:
         reply: pb.ClaimResponse = await self._call(self._stub.Claim, request)
         return [_CLAIM_OUTCOMES[number] for number in reply.outcomes]
 
-    async def acquire(self, keys: Sequence[bytes], ttl_s: float) -> Acquired:
-        """Pins the leading keys that are stored, until `release` or for `ttl_s`."""
-        request = pb.AcquireRequest(session_id=self._session(), keys=join_keys(keys), ttl_ms=_milliseconds(ttl_s))
+    async def acquire(self, keys: Sequence[bytes], ttl_s: float, max_wait_s: float = 0.0) -> Acquired:
+        """Pins the leading keys that are in the arena, or are brought there within `max_wait_s`, until `release` or for `ttl_s`."""
+        request = pb.AcquireRequest(
+            session_id=self._session(), keys=join_keys(keys), ttl_ms=_milliseconds(ttl_s), max_wait_ms=self._wait_ms(max_wait_s)
+        )
         reply: pb.AcquireResponse = await self._call(self._stub.Acquire, request)
         checksums = array("Q", reply.checksums).tobytes()
         width = 8 * self._num_parts
@@ -138,7 +177,7 @@ class StoreClient:
             Slot(offset, generation, checksums[start : start + width])
             for offset, generation, start in zip(reply.offsets, reply.generations, range(0, len(checksums), width), strict=True)
         ]
-        return Acquired(reply.lease_id, slots, _runs(reply.tier_runs))
+        return Acquired(reply.lease_id, slots, _runs(reply.tier_runs), _MISSES.get(reply.shortfall))
 
     async def reserve(self, keys: Sequence[bytes], parents: Sequence[bytes], ttl_s: float, first: Sequence[bool] | None = None) -> Reserved:
         """Slots to write blocks into, parents first. After `ttl_s` without `commit` or `release` the session's processes are killed.
@@ -173,6 +212,33 @@ class StoreClient:
         reply: pb.ReleaseResponse = await self._call(self._stub.Release, request)
         return reply.num_released
 
+    async def pin(self, owner: str, keys: Sequence[bytes], ttl_s: float, max_wait_s: float = 0.0) -> PinReply:
+        """Asks for the leading keys to be kept for `ttl_s`, on the owner's account. They are evicted last; the session may end before."""
+        request = pb.PinRequest(
+            session_id=self._session(), owner=owner, keys=join_keys(keys), ttl_ms=round(1000 * ttl_s), max_wait_ms=self._wait_ms(max_wait_s)
+        )
+        reply: pb.PinResponse = await self._call(self._stub.Pin, request)
+        return PinReply(reply.pin_id, reply.num_blocks, reply.num_bytes, reply.over_quota)
+
+    async def unpin(self, owner: str, pin_ids: Sequence[int]) -> int:
+        """Ends pins of an owner; returns how many there were. Needs no session."""
+        reply: pb.UnpinResponse = await self._call(self._stub.Unpin, pb.UnpinRequest(owner=owner, pin_ids=pin_ids))
+        return reply.num_unpinned
+
+    async def list_pins(self, owner: str = "") -> list[PinEntry]:
+        """An owner's pins; everybody's for the empty owner. Needs no session."""
+        reply: pb.ListPinsResponse = await self._call(self._stub.ListPins, pb.ListPinsRequest(owner=owner))
+        return [PinEntry(pin.pin_id, pin.owner, pin.num_blocks, pin.num_bytes, pin.remaining_ms / 1000) for pin in reply.pins]
+
+    async def set_peers(self, addresses: Sequence[str]) -> None:
+        """Names the stores of other nodes that blocks may be pulled from, in place of those named before. Needs no session."""
+        await self._call(self._stub.SetPeers, pb.SetPeersRequest(addresses=addresses))
+
+    async def metrics(self) -> str:
+        """Everything the store counts, as Prometheus text. Needs no session."""
+        reply: pb.MetricsResponse = await self._call(self._stub.Metrics, pb.MetricsRequest())
+        return reply.text
+
     async def stat(self) -> StoreStat:
         """Needs no session."""
         reply: pb.StatResponse = await self._call(self._stub.Stat, pb.StatRequest())
@@ -188,7 +254,7 @@ class StoreClient:
         stream = self._stub.Watch(pb.WatchRequest(), metadata=self._metadata)
         try:
             async for event in stream:
-                yield WatchEvent(event.sequence, event.epoch, _TIERS[event.tier], split_keys(event.added), split_keys(event.removed))
+                yield WatchEvent(event.sequence, event.epoch, TIER_NAMES[event.tier], split_keys(event.added), split_keys(event.removed))
         except grpc.aio.AioRpcError as error:
             raise _translated(error, self.address) from error
         finally:
@@ -197,6 +263,10 @@ class StoreClient:
 
     async def close(self) -> None:
         await self._channel.close()
+
+    def _wait_ms(self, max_wait_s: float) -> int:
+        """Less than the call itself may take."""
+        return round(1000 * max(0.0, min(max_wait_s, 0.8 * self._timeout_s)))
 
     def _session(self) -> str:
         if not self._session_id:
@@ -224,4 +294,4 @@ def _milliseconds(ttl_s: float) -> int:
 
 
 def _runs(pairs: Sequence[int]) -> list[tuple[str, int]]:
-    return [(_TIERS[tier], count) for tier, count in zip(pairs[::2], pairs[1::2], strict=True)]
+    return [(TIER_NAMES[tier], count) for tier, count in zip(pairs[::2], pairs[1::2], strict=True)]

@@ -30,6 +30,16 @@ class StoreConfig:
     max_keys: int = 1 << 16  # per call
     max_watchers: int = 64
     watch_queue_events: int = 1024  # per watcher; a slower one loses events
+    max_pins: int = 4096
+    max_pin_ttl_s: float = 86400.0  # longer ones are shortened to this
+    max_pinned_share: float = 0.5  # of the arena, by all pins together
+    max_pinned_share_per_owner: float = 0.25
+    peer_address: str = ""  # HOST:PORT that stores of other nodes pull from (port 0: any); "": nothing is lent
+    peers: tuple[str, ...] = ()  # HOST:PORT of those to pull from, until SetPeers names others
+    metrics_address: str = ""  # HOST:PORT of an HTTP server with Prometheus metrics; "": none, the Metrics rpc has them too
+    load_timeout_s: float = 10.0  # of one batch of blocks from disk or a peer
+    disk_bytes: int = 0  # of the disk tier; 0: none
+    disk_directory: str = ""  # where it lies; one store at a time uses it
 
     def __post_init__(self) -> None:
         if not self.secret:
@@ -44,6 +54,16 @@ class StoreConfig:
             raise ValueError("max_ttl_s, kill_grace_s: must be positive")
         if min(self.max_sessions, self.max_leases, self.max_claims, self.max_keys, self.max_watchers, self.watch_queue_events) < 1:
             raise ValueError("max_sessions, max_leases, max_claims, max_keys, max_watchers, watch_queue_events: must be at least 1")
+        for name in filter(None, (self.peer_address, self.metrics_address, *self.peers)):
+            host, _, port = name.rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError(f"peer_address, peers, metrics_address: must be HOST:PORT, not {name!r}")
+        if not 0 <= self.max_pinned_share_per_owner <= self.max_pinned_share < 1:
+            raise ValueError("max_pinned_share, max_pinned_share_per_owner: must be shares of the arena, in that order, below 1")
+        if self.disk_bytes and not self.disk_directory:
+            raise ValueError("disk_directory: the disk tier needs one")
+        if self.disk_bytes < 0 or 0 < self.disk_bytes < GRANULE_BYTES:
+            raise ValueError(f"disk_bytes: must be 0 or at least {GRANULE_BYTES}, not {self.disk_bytes}")
         path = unix_path(self.address)
         if path is not None and len(path.encode()) > MAX_UNIX_PATH_BYTES:
             raise ValueError(f"address: a unix socket's path holds at most {MAX_UNIX_PATH_BYTES} bytes, not {path!r}")
@@ -58,7 +78,7 @@ class StoreConfig:
         fields = json.loads(line)
         if not isinstance(fields, dict) or fields.keys() - {each.name for each in dataclasses.fields(cls)}:
             raise ValueError("not a store's settings")
-        return cls(**fields)
+        return cls(**{**fields, "peers": tuple(fields.get("peers", ()))})
 
 
 def unix_path(address: str) -> str | None:

@@ -9,9 +9,11 @@ from cache_store.leases import ReadLease, Session, WriteLease
 from cache_store.tiers.dram import DramTier
 
 
-def check_leases(tier: DramTier, opened: Sequence[Session], ending: Sequence[Session]) -> list[str]:
-    """Every violated invariant, in words. `ending` are the sessions that have only quarantined blocks left."""
+def check_leases(tier: DramTier, clients: Sequence[Session], ending: Sequence[Session], own: Session) -> list[str]:
+    """Every violated invariant, in words. `ending` are the sessions that have only quarantined blocks left; `own` is the store's, which has
+    no processes and does not end."""
     problems = []
+    opened = [*clients, own]
     leased = [(lease, block) for session in opened for lease in session.writes.values() for block in lease.blocks.values()]
     quarantined = [block for session in ending for block in session.quarantined]
     if len(leased) + len(quarantined) != tier.num_held:
@@ -28,7 +30,7 @@ def check_leases(tier: DramTier, opened: Sequence[Session], ending: Sequence[Ses
         problems.append(f"the blocks do not count the {num_pins} pins of the leases")
     for session in opened:
         name = f"session {session.session_id}"
-        if not session.alive or session.quarantined:
+        if (not session.alive and session is not own) or session.quarantined:
             problems.append(f"{name} is open with {len(session.alive)} processes and {len(session.quarantined)} quarantined blocks")
         leases: list[ReadLease | WriteLease] = [*session.reads.values(), *session.writes.values()]
         over = [each.lease_id for each in leases if each.is_over or not each.blocks or each.session is not session]

@@ -5,6 +5,7 @@ ReadLease    the pins end; a reader notices by generation and checksum   the pin
 WriteLease   the session ends, its processes are killed, its slots are   the slots are free
              quarantined
 claim        forgotten                                                   forgotten
+Pin          forgotten: its blocks may be evicted like others            stays: it is its owner's, not a session's
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Session:
     alive: dict[ProcessIdentity, WatchedProcess] = field(default_factory=dict)
     reads: dict[int, ReadLease] = field(default_factory=dict)
     writes: dict[int, WriteLease] = field(default_factory=dict)
+    tokens_per_s: float = 0.0  # of prefill, as its client said last; 0: unknown
+    copy_bytes_per_s: float = 0.0  # from the arena into its pages, likewise
     quarantined: list[Block] = field(default_factory=list)  # once it has ended: what its processes may still write to
 
 
@@ -59,7 +62,19 @@ class ClaimBatch:
     is_over: bool = False
 
 
-Expiring = ReadLease | WriteLease | ClaimBatch
+@dataclass(slots=True, eq=False)
+class Pin:
+    """A prefix that an owner has asked to be kept: evicted last."""
+
+    pin_id: int
+    owner: str
+    loan: ReadLease
+    num_bytes: int
+    deadline_s: float
+    is_over: bool = False
+
+
+Expiring = ReadLease | WriteLease | ClaimBatch | Pin
 
 
 class Deadlines:

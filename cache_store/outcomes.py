@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from cache_store.blocks import Block
+from cache_store.blocks import Block, BlockState
 from cache_store.keys import BlockKey
 
 
@@ -27,6 +27,13 @@ class CommitOutcome(enum.StrEnum):
     COMMITTED = "committed"  # complete and visible
     PARTIAL = "partial"  # more parts are to come, of this block or of a parent that is being written
     STALE = "stale"  # not held by this lease any more
+
+
+def commit_outcome(block: Block | None) -> CommitOutcome:
+    """What a block is after a commit; None: it was not held."""
+    if block is None or block.state is BlockState.ORPHANED:
+        return CommitOutcome.STALE
+    return CommitOutcome.COMMITTED if block.state is BlockState.STORED else CommitOutcome.PARTIAL
 
 
 class Pinned(NamedTuple):
@@ -75,3 +82,8 @@ class StoreStat(NamedTuple):
     committed_blocks: int
     evicted_blocks: int
     killed_holders: int
+    kept_bytes: int
+    disk_blocks: int = 0
+    disk_bytes: int = 0
+    disk_total_bytes: int = 0
+    num_peers: int = 0

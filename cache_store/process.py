@@ -65,6 +65,11 @@ class StoreProcess:
         return self._config.address
 
     @property
+    def peer_address(self) -> str:
+        """Where stores of other nodes pull from; empty when they may not."""
+        return self._config.peer_address
+
+    @property
     def pid(self) -> int:
         """Of the child there is now, or was last; 0 before the first."""
         child = self._child
@@ -154,7 +159,8 @@ class StoreProcess:
             name, _, reason = rest.partition(" ")
             raise ERRORS.get(name, StoreUnavailable)(reason or "the store has ended before it was ready")
         with self._lock:
-            self._config = dataclasses.replace(self._config, address=rest)
+            address, _, peer_address = rest.partition(" ")
+            self._config = dataclasses.replace(self._config, address=address, peer_address=peer_address)
             if not self._stopping.is_set():
                 self._state = StoreState.READY
 

@@ -1,6 +1,7 @@
 """The store's process: one arena, one socket, one loop.
 
-    python -m cache_store.server     reads its settings as one JSON line from stdin, prints "ready ADDRESS", and ends when stdin does
+    python -m cache_store.server     reads its settings as one JSON line from stdin, prints "ready ADDRESS [PEER_ADDRESS]", and ends when
+                                     stdin does
 
 Whatever ends it but SIGKILL removes arena and socket; after a SIGKILL the next store in the same directory does.
 """
@@ -10,24 +11,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 
-from cache_store.arena import Arena, file_name, is_served, remove_stale
+from cache_store.arena import file_name, is_served, remove_stale
+from cache_store.assembly import opened
 from cache_store.config import StoreConfig, unix_path
 from cache_store.errors import StoreError, StoreRefused
-from cache_store.processes import PidfdWatcher
 from cache_store.service import SecretInterceptor, StoreService
-from cache_store.store import Store
-from cache_store.tiers.dram import DramTier
-from cache_store.watch import EventFeed
 from cache_store.wire import MAX_MESSAGE_BYTES
 from protos import cache_store_pb2_grpc
 
@@ -43,6 +41,11 @@ _OPTIONS = (
 )
 
 
+class Served(NamedTuple):
+    address: str
+    peer_address: str  # "": nothing is lent
+
+
 def with_address(config: StoreConfig) -> StoreConfig:
     """The same settings with a definite address."""
     if config.address:
@@ -51,23 +54,17 @@ def with_address(config: StoreConfig) -> StoreConfig:
 
 
 @contextlib.asynccontextmanager
-async def serving(config: StoreConfig) -> AsyncIterator[str]:
-    """A store that serves while the context is open; yields its address. StoreError when it cannot start."""
+async def serving(config: StoreConfig) -> AsyncIterator[Served]:
+    """A store that serves while the context is open; yields its addresses. StoreError when it cannot start."""
     config = with_address(config)
     path = unix_path(config.address)
     remove_stale(config.directory)
     if path is not None and is_served(path):
         raise StoreRefused(f"address: somebody serves at {config.address} already")
-    loop = asyncio.get_running_loop()
-    feed = EventFeed(config.max_watchers, config.watch_queue_events)
     async with contextlib.AsyncExitStack() as stack:
-        arena = stack.enter_context(Arena.create(config.directory, config.memory_bytes, config.extent_bytes))
-        make_tier = functools.partial(_make_tier, arena, config, loop)
-        store = Store(config, make_tier, PidfdWatcher(loop), loop.time, feed.publish)
-        stack.callback(store.tier.close)
-        stack.callback(store.close)
-        store.tier.grow()  # the first extent now, so that nobody who is let in finds no space
-        service = StoreService(config, store, feed, loop)
+        node = await stack.enter_async_context(opened(config))
+        loop = asyncio.get_running_loop()
+        service = StoreService(node, loop)
         stack.callback(service.close)
         server = grpc.aio.server(interceptors=[SecretInterceptor(config.secret)], options=_OPTIONS)
         cache_store_pb2_grpc.add_CacheStoreServicer_to_server(service, server)  # type: ignore[no-untyped-call]
@@ -77,12 +74,8 @@ async def serving(config: StoreConfig) -> AsyncIterator[str]:
         address = _bind(server, config.address)
         await server.start()
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
-        store.tier.grow_in_background(loop.call_soon_threadsafe)
-        yield address
-
-
-def _make_tier(arena: Arena, config: StoreConfig, loop: asyncio.AbstractEventLoop, on_stored: object, on_removed: object) -> DramTier:
-    return DramTier(arena, config, loop.time, on_stored=on_stored, on_removed=on_removed)  # type: ignore[arg-type]
+        node.store.tier.grow_in_background(loop.call_soon_threadsafe)
+        yield Served(address, node.peer_server.address if node.peer_server is not None else "")
 
 
 def _unlink(path: str) -> None:
@@ -113,13 +106,14 @@ async def _serve(config: StoreConfig, *, until_eof: bool) -> None:
                 stop.set()
 
         loop.add_reader(fd, on_stdin)
-    async with serving(config) as address:
-        print(f"ready {address}", flush=True)
+    async with serving(config) as served:
+        print(" ".join(filter(None, ["ready", *served])), flush=True)
         await stop.wait()
 
 
 def run_store(config: StoreConfig, *, until_eof: bool = False) -> None:
-    """Serves until SIGINT or SIGTERM, or (`until_eof`) until stdin ends; prints "ready ADDRESS" once it does. StoreError when it cannot."""
+    """Serves until SIGINT or SIGTERM, or (`until_eof`) until stdin ends; prints "ready ADDRESS [PEER_ADDRESS]" once it does. StoreError
+    when it cannot."""
     os.umask(0o077)  # the socket is for this user
     asyncio.run(_serve(config, until_eof=until_eof))
 

@@ -1,4 +1,4 @@
-"""The gRPC face of the store. Messages in, one call to the state machine, messages out; everything on one loop, nothing waits."""
+"""The gRPC face of the store. Messages in, one call to the node, messages out. All on one loop; Acquire, Pin and Check wait there."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import asyncio
 import hmac
 import logging
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
 import grpc
 
-from cache_store.config import StoreConfig
 from cache_store.errors import StoreError
 from cache_store.keys import join_keys, split_keys
+from cache_store.metrics import render
+from cache_store.node import StoreNode
 from cache_store.outcomes import WatchEvent
-from cache_store.store import Store
-from cache_store.watch import EventFeed, pieces
-from cache_store.wire import CLAIM, COMMIT, ERROR_HEADER, RESERVE, SECRET_HEADER, STATUS, TIER, layout_from_message
+from cache_store.watch import pieces
+from cache_store.wire import CLAIM, COMMIT, ERROR_HEADER, MISS, RESERVE, SECRET_HEADER, STATUS, TIER, layout_from_message
 from protos import cache_store_pb2 as pb
 from protos import cache_store_pb2_grpc
 
@@ -29,14 +29,14 @@ Reply = TypeVar("Reply")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-def _answers(
-    method: Callable[[StoreService, Request], Reply],
+def _answers_later(
+    method: Callable[[StoreService, Request], Awaitable[Reply]],
 ) -> Callable[[StoreService, Request, Context], Awaitable[Reply]]:
-    """Turns a plain method into an rpc: errors become statuses, and deadlines that the call has opened are watched."""
+    """Turns a method into an rpc: errors become statuses, and deadlines that the call has opened are watched."""
 
     async def rpc(self: StoreService, request: Request, context: Context) -> Reply:
         try:
-            return method(self, request)
+            return await method(self, request)
         except (StoreError, ValueError) as error:
             code = STATUS.get(type(error), grpc.StatusCode.INVALID_ARGUMENT)
             await context.abort(code, str(error), ((ERROR_HEADER, type(error).__name__),))
@@ -46,15 +46,27 @@ def _answers(
     return rpc
 
 
-class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
-    """Borrows the store. Calls `advance` when a deadline comes; without one it sleeps."""
+def _answers(
+    method: Callable[[StoreService, Request], Reply],
+) -> Callable[[StoreService, Request, Context], Awaitable[Reply]]:
+    """The same for a method that does not wait."""
 
-    def __init__(self, config: StoreConfig, store: Store, feed: EventFeed, loop: asyncio.AbstractEventLoop) -> None:
-        self._config, self._store, self._feed, self._loop = config, store, feed, loop
+    async def at_once(self: StoreService, request: Request) -> Reply:
+        return method(self, request)
+
+    return _answers_later(at_once)
+
+
+class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
+    """Borrows the node. Calls `advance` when a deadline comes; without one it sleeps."""
+
+    def __init__(self, node: StoreNode, loop: asyncio.AbstractEventLoop) -> None:
+        self._node, self._store, self._loop = node, node.store, loop
         self._timer: asyncio.TimerHandle | None = None
 
     def arm(self) -> None:
-        """Sets the timer to the store's next deadline, unless it will go off before that anyhow."""
+        """Sets the timer to the store's next deadline, unless it will go off before that anyhow, and lets background work go on."""
+        self._node.settle()
         next_s = self._store.next_s()
         if self._timer and (next_s is None or self._timer.when() > next_s):
             self._timer.cancel()
@@ -75,8 +87,8 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
 
     def _keys(self, column: bytes) -> list[Any]:
         keys = split_keys(column)
-        if len(keys) > self._config.max_keys:
-            raise ValueError(f"keys: {len(keys)} are more than the {self._config.max_keys} that one call may name")
+        if len(keys) > self._node.config.max_keys:
+            raise ValueError(f"keys: {len(keys)} are more than the {self._node.config.max_keys} that one call may name")
         return keys
 
     @_answers
@@ -100,17 +112,25 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
 
     @_answers
     def Lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:  # noqa: N802
-        num_blocks = self._store.lookup(request.session_id, self._keys(request.keys))
-        return pb.LookupResponse(num_blocks=num_blocks, tier_runs=self._runs(num_blocks))
+        keys = self._keys(request.keys)
+        looked = self._node.look_up(request.session_id, keys, request.compute_tokens_per_s, request.copy_bytes_per_s)
+        return pb.LookupResponse(
+            num_blocks=sum(count for _, count in looked.runs),
+            tier_runs=_runs(looked.runs),
+            num_cheaper_to_compute=looked.num_cheaper_to_compute,
+            miss_reason=MISS[looked.reason] if looked.reason else None,
+        )
 
     @_answers
     def Claim(self, request: pb.ClaimRequest) -> pb.ClaimResponse:  # noqa: N802
         outcomes = self._store.claim(request.session_id, self._keys(request.keys), request.ttl_ms / 1000)
         return pb.ClaimResponse(outcomes=[CLAIM[outcome] for outcome in outcomes])
 
-    @_answers
-    def Acquire(self, request: pb.AcquireRequest) -> pb.AcquireResponse:  # noqa: N802
-        lease_id, blocks = self._store.acquire(request.session_id, self._keys(request.keys), request.ttl_ms / 1000)
+    @_answers_later
+    async def Acquire(self, request: pb.AcquireRequest) -> pb.AcquireResponse:  # noqa: N802
+        keys, ttl_s, max_wait_s = self._keys(request.keys), request.ttl_ms / 1000, request.max_wait_ms / 1000
+        acquired = await self._node.acquire(request.session_id, keys, ttl_s, max_wait_s)
+        (lease_id, blocks), shortfall = acquired.pinned, acquired.shortfall
         slots = [block.slot for block in blocks if block.slot]
         checksums = array("Q")
         for block in blocks:
@@ -120,7 +140,8 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
             offsets=[slot.offset for slot in slots],
             generations=[slot.generation for slot in slots],
             checksums=checksums,
-            tier_runs=self._runs(len(blocks)),
+            tier_runs=_runs(acquired.runs),
+            shortfall=MISS[shortfall] if shortfall else None,
         )
 
     @_answers
@@ -154,30 +175,69 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
 
     @_answers
     def Stat(self, request: pb.StatRequest) -> pb.StatResponse:  # noqa: N802
-        return pb.StatResponse(**self._store.stat()._asdict())
+        return pb.StatResponse(**self._node.stat()._asdict())
+
+    @_answers_later
+    async def Check(self, request: pb.CheckRequest) -> pb.CheckResponse:  # noqa: N802
+        return pb.CheckResponse(problems=await self._node.check())
+
+    @_answers_later
+    async def Pin(self, request: pb.PinRequest) -> pb.PinResponse:  # noqa: N802
+        keys, ttl_s, max_wait_s = self._keys(request.keys), request.ttl_ms / 1000, request.max_wait_ms / 1000
+        if not request.owner:
+            raise ValueError("owner: must name whose quota a pin counts for")
+        pin_id, num_blocks, num_bytes, over = await self._node.pin(request.session_id, request.owner, keys, ttl_s, max_wait_s)
+        return pb.PinResponse(pin_id=pin_id, num_blocks=num_blocks, num_bytes=num_bytes, over_quota=over)
 
     @_answers
-    def Check(self, request: pb.CheckRequest) -> pb.CheckResponse:  # noqa: N802
-        return pb.CheckResponse(problems=self._store.check())
+    def Unpin(self, request: pb.UnpinRequest) -> pb.UnpinResponse:  # noqa: N802
+        return pb.UnpinResponse(num_unpinned=self._store.pins.remove(request.owner, request.pin_ids))
+
+    @_answers
+    def Metrics(self, request: pb.MetricsRequest) -> pb.MetricsResponse:  # noqa: N802
+        return pb.MetricsResponse(text=render(self._node))
+
+    @_answers
+    def SetPeers(self, request: pb.SetPeersRequest) -> pb.SetPeersResponse:  # noqa: N802
+        self._node.set_peers(request.addresses)
+        return pb.SetPeersResponse()
+
+    @_answers
+    def ListPins(self, request: pb.ListPinsRequest) -> pb.ListPinsResponse:  # noqa: N802
+        now_s = self._loop.time()
+        return pb.ListPinsResponse(
+            pins=[
+                pb.ListPinsResponse.Entry(
+                    pin_id=pin.pin_id,
+                    owner=pin.owner,
+                    num_blocks=len(pin.loan.blocks),
+                    num_bytes=pin.num_bytes,
+                    remaining_ms=max(0, round(1000 * (pin.deadline_s - now_s))),
+                )
+                for pin in self._store.pins.of(request.owner)
+            ]
+        )
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchEvent]:  # noqa: N802
         try:
-            queue = self._feed.subscribe()
+            queue = self._node.feed.subscribe()
         except StoreError as error:
             await context.abort(STATUS[type(error)], str(error), ((ERROR_HEADER, type(error).__name__),))
         try:
-            for event in pieces(self._store.snapshot()):
-                yield _event_message(event)
+            for snapshot in self._node.snapshots():
+                for event in pieces(snapshot):
+                    yield event_message(event)
             while True:
-                yield _event_message(await queue.get())
+                yield event_message(await queue.get())
         finally:
-            self._feed.unsubscribe(queue)
-
-    def _runs(self, num_blocks: int) -> list[int]:
-        return [TIER[self._store.tier.name], num_blocks] if num_blocks else []
+            self._node.feed.unsubscribe(queue)
 
 
-def _event_message(event: WatchEvent) -> pb.WatchEvent:
+def _runs(runs: Sequence[tuple[str, int]]) -> list[int]:
+    return [number for tier, count in runs for number in (TIER[tier], count)]
+
+
+def event_message(event: WatchEvent) -> pb.WatchEvent:
     return pb.WatchEvent(
         sequence=event.sequence,
         epoch=event.epoch,

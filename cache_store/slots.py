@@ -42,11 +42,12 @@ class Slot(NamedTuple):
 class SlotSpace:
     """The slots of one arena. Only the store's own thread calls it."""
 
-    def __init__(self, words: memoryview[int]) -> None:
-        """`words` of the arena, see `cache_store.arena`."""
+    def __init__(self, words: memoryview[int] | None) -> None:
+        """`words` of the arena, see `cache_store.arena`; None where nobody reads a slot without asking (the disk tier)."""
         self._words = words
         self._generation = 0
         self._pool: list[Extent] = []
+        self._by_start: dict[int, Extent] = {}
         self._cut: dict[int, list[Extent]] = {}  # slot size -> its extents
         self._open: dict[int, dict[int, Extent]] = {}  # slot size -> those with a free slot, by start
         self.opened_bytes = 0
@@ -59,7 +60,8 @@ class SlotSpace:
 
     def add(self, start: int, num_bytes: int) -> None:
         """An extent is allocated and may be used."""
-        self._pool.append(Extent(start, num_bytes))
+        extent = self._by_start[start] = Extent(start, num_bytes)
+        self._pool.append(extent)
         self.opened_bytes += num_bytes
         self.largest_bytes = max(self.largest_bytes, num_bytes)
 
@@ -69,17 +71,27 @@ class SlotSpace:
         extent = next(iter(extents.values())) if extents else self._cut_one(slot_bytes)
         if extent is None:
             return None
-        index = extent.free.pop()
-        extent.owners[index] = owner
-        if not extent.free:
-            del self._open[slot_bytes][extent.start]
-        offset = extent.start + index * slot_bytes
-        return Slot(extent, index, offset, self.invalidate(offset))
+        return self._own(extent, extent.free.pop(), owner)
+
+    def take_at(self, offset: int, slot_bytes: int, owner: Block) -> Slot | None:
+        """The slot of this size at `offset`, for a tier that finds its blocks again. None when it is taken, or when no slot of the size
+        begins there."""
+        extent = self._by_start.get(offset - offset % self.largest_bytes if self.largest_bytes else 0)
+        if extent is None or extent.num_bytes < slot_bytes:
+            return None
+        if not extent.num_owned:
+            self._cut_extent(extent, slot_bytes)
+        number, misplaced = divmod(offset - extent.start, slot_bytes)
+        if extent.slot_bytes != slot_bytes or misplaced or number >= len(extent.owners) or extent.owners[number] is not None:
+            return None
+        extent.free.remove(number)
+        return self._own(extent, number, owner)
 
     def invalidate(self, offset: int) -> int:
         """Ends the validity of whatever was known about the slot at `offset`; returns its new generation."""
         self._generation += 1
-        self._words[offset // GRANULE_BYTES] = self._generation
+        if self._words is not None:
+            self._words[offset // GRANULE_BYTES] = self._generation
         return self._generation
 
     def give_back(self, slot: Slot) -> None:
@@ -106,6 +118,11 @@ class SlotSpace:
             for index, owner in enumerate(extent.owners):
                 if owner is not None:
                     yield extent, index, owner
+
+    def free_bytes(self, slot_bytes: int) -> int:
+        """What slots of this size may still take without an eviction: their own free ones, and the extents of the pool."""
+        own = sum(len(extent.free) for extent in self._open.get(slot_bytes, {}).values()) * slot_bytes
+        return own + sum(extent.num_bytes for extent in self._pool)
 
     @property
     def num_free(self) -> int:
@@ -134,7 +151,18 @@ class SlotSpace:
         fitting = [extent for extent in self._pool if extent.num_bytes >= slot_bytes]
         if not fitting:
             return None
-        extent = next((extent for extent in fitting if extent.slot_bytes == slot_bytes), fitting[0])
+        return self._cut_extent(next((extent for extent in fitting if extent.slot_bytes == slot_bytes), fitting[0]), slot_bytes)
+
+    def _own(self, extent: Extent, number: int, owner: Block) -> Slot:
+        """Records the owner of a slot that is off the free list."""
+        extent.owners[number] = owner
+        if not extent.free:
+            del self._open[extent.slot_bytes][extent.start]
+        offset = extent.start + number * extent.slot_bytes
+        return Slot(extent, number, offset, self.invalidate(offset))
+
+    def _cut_extent(self, extent: Extent, slot_bytes: int) -> Extent:
+        """Gives an extent of the pool to a slot size."""
         self._pool.remove(extent)
         if extent.slot_bytes != slot_bytes:
             num_slots = extent.num_bytes // slot_bytes

@@ -15,15 +15,19 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 
+from cache_store.accesses import Accesses
 from cache_store.blocks import Block, BlockState, new_block
 from cache_store.config import StoreConfig
+from cache_store.errands import Errands
 from cache_store.errors import ArenaTooSmall, LayoutMismatch, StoreRefused, StoreUnavailable
 from cache_store.invariants import check_leases
 from cache_store.keys import DTYPE_BYTES, BlockKey, Layout
-from cache_store.leases import ClaimBatch, Claims, Deadlines, ReadLease, Session, WriteLease
-from cache_store.outcomes import ClaimOutcome, CommitOutcome, Pinned, Placed, ReserveOutcome, StoreStat, WatchEvent
+from cache_store.leases import ClaimBatch, Claims, Deadlines, Pin, ReadLease, Session, WriteLease
+from cache_store.outcomes import ClaimOutcome, CommitOutcome, Pinned, Placed, ReserveOutcome, StoreStat, WatchEvent, commit_outcome
+from cache_store.pins import Pins
 from cache_store.processes import ProcessIdentity, ProcessWatcher
 from cache_store.tiers.dram import DramTier
+from cache_store.watch import ChangeLog
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +47,17 @@ class Store:
     ) -> None:
         """`make_tier(on_stored, on_removed)`. The listener hears of changes in the order in which they happened."""
         self.epoch = secrets.token_hex(8)
-        self.tier = make_tier(self._note_stored, self._note_removed)
-        self._config, self._watcher, self._clock, self._listener = config, watcher, clock, listener
+        self.changes = ChangeLog(self.epoch, listener)
+        self.accesses = Accesses(clock)
+        self.tier = make_tier(lambda key: self.changes.stored("dram", key), self._note_removed)
+        self._config, self._watcher, self._clock = config, watcher, clock
         self._sessions: dict[str, Session] = {}
         self._ending: dict[str, Session] = {}  # those with quarantined slots
         self._claims = Claims(config.max_claims)
         self._deadlines = Deadlines()
         self._lease_ids = itertools.count(1)
-        self._sequence = 0
-        self._added: list[BlockKey] = []
-        self._removed: list[BlockKey] = []
+        self.errands = Errands(self.tier, self._lease_ids, self._admit)
+        self.pins = Pins(config, self.tier, self.errands, self._deadlines, clock)
         self._num_hits = self._num_misses = self._num_committed = self._num_killed = 0
 
     def attach(self, layout: Layout, processes: Sequence[tuple[int, int]], label: str) -> Session:
@@ -83,19 +88,19 @@ class Store:
             log.info("session %s (%s) is replaced by a later one of the same processes", each.session_id[:8], label)
             self._end(each)
         self._sessions[session.session_id] = session
-        self._flush()
+        self.changes.flush()
         return session
 
     def detach(self, session_id: str) -> None:
-        self._end(self._session(session_id))
-        self._flush()
+        self._end(self.session(session_id))
+        self.changes.flush()
 
     def lookup(self, session_id: str, keys: Sequence[bytes]) -> int:
         """How many leading keys are stored under the session's layout."""
-        return self.tier.find(keys, self._session(session_id).layout_digest)
+        return self.tier.find(keys, self.session(session_id).layout_digest)
 
     def claim(self, session_id: str, keys: Sequence[BlockKey], ttl_s: float) -> list[ClaimOutcome]:
-        session = self._session(session_id)
+        session = self.session(session_id)
         batch = ClaimBatch(session)
         outcomes = [self._claim(batch, key) for key in keys]
         if batch.keys:
@@ -104,7 +109,7 @@ class Store:
 
     def acquire(self, session_id: str, keys: Sequence[bytes], ttl_s: float) -> Pinned:
         """Pins the leading keys that are stored under the session's layout, for at most `ttl_s`."""
-        session = self._session(session_id)
+        session = self.session(session_id)
         blocks = self.tier.leading(keys, session.layout_digest) if self._may_lease(session) else []
         self._num_hits += len(blocks)
         self._num_misses += len(keys) - len(blocks)
@@ -121,7 +126,7 @@ class Store:
         self, session_id: str, keys: Sequence[bytes], parents: Sequence[bytes], ttl_s: float, first: Sequence[bool] | None = None
     ) -> Placed:
         """Slots to write into. `first` says per key that its parent is a root; None: any parent that the store does not know is one."""
-        session = self._session(session_id)
+        session = self.session(session_id)
         lease = WriteLease(next(self._lease_ids), session)
         outcomes: list[ReserveOutcome] = []
         blocks: list[Block | None] = []
@@ -135,12 +140,12 @@ class Store:
         if lease.blocks:
             session.writes[lease.lease_id] = lease
             self._deadlines.add(self._deadline_s(ttl_s) + self._config.kill_grace_s, lease)
-        self._flush()
+        self.changes.flush()
         return Placed(lease.lease_id if lease.blocks else 0, outcomes, blocks)
 
     def commit(self, session_id: str, lease_id: int, blocks: Sequence[CommitBlock]) -> list[CommitOutcome]:
         """Records checksums. A lease whose blocks are all visible is over. ValueError when a part does not exist."""
-        session = self._session(session_id)
+        session = self.session(session_id)
         for key, parts, checksums in blocks:
             if len(parts) != len(checksums) or any(not 0 <= part < session.layout.num_parts for part in parts):
                 raise ValueError(f"block {key.hex()}: {len(checksums)} checksums for parts {list(parts)} of {session.layout.num_parts}")
@@ -153,15 +158,15 @@ class Store:
                     block.checksums[part] = checksum
                 if block.is_complete:
                     self._admit(block)
-        self._flush()
-        return [_commit_outcome(block) for block in held]
+        self.changes.flush()
+        return [commit_outcome(block) for block in held]
 
     def release(self, session_id: str, lease_ids: Sequence[int]) -> int:
         """Ends leases, also quarantined ones of earlier sessions of the same processes; returns how many were still held.
 
         The caller vouches that nobody writes to a write lease's slots any more.
         """
-        session = self._session(session_id)
+        session = self.session(session_id)
         num_released = 0
         for lease_id in lease_ids:
             if (read := session.reads.get(lease_id)) is not None:
@@ -171,7 +176,7 @@ class Store:
             elif not self._release_quarantined(session, lease_id):
                 continue
             num_released += 1
-        self._flush()
+        self.changes.flush()
         return num_released
 
     def stat(self) -> StoreStat:
@@ -187,6 +192,7 @@ class Store:
             held_slots=tier.num_held,
             quarantined_slots=sum(len(session.quarantined) for session in self._ending.values()),
             pinned_blocks=tier.num_pinned,
+            kept_bytes=self.pins.total_bytes,
             leases=sum(len(session.reads) + len(session.writes) for session in sessions),
             sessions=len(sessions),
             claims=len(self._claims),
@@ -198,9 +204,10 @@ class Store:
         )
 
     def snapshot(self) -> WatchEvent:
-        """All visible blocks, as of the sequence number of the last event."""
+        """All visible blocks of the arena, as of the sequence number of the last event."""
+        self.changes.flush()
         keys = [BlockKey(key) for key, block in self.tier.index.items() if block.state is BlockState.STORED]
-        return WatchEvent(self._sequence, self.epoch, self.tier.name, keys, [])
+        return WatchEvent(self.changes.sequence, self.epoch, self.tier.name, keys, [])
 
     def next_s(self) -> float | None:
         """When to call `advance`, on the clock; None while no deadline is open."""
@@ -214,9 +221,11 @@ class Store:
                 self._end_read(item)
             elif isinstance(item, WriteLease):
                 self._kill(item)
+            elif isinstance(item, Pin):
+                self.pins.end(item)
             else:
                 self._claims.end_batch(item)
-        self._flush()
+        self.changes.flush()
 
     def close(self) -> None:
         """Stops watching processes. The tier is its owner's to close."""
@@ -226,9 +235,11 @@ class Store:
     def check(self) -> list[str]:
         """Every violated invariant, in words; empty when all is well."""
         problems = self.tier.check() + self._claims.check(self._sessions.values())
-        return problems + check_leases(self.tier, list(self._sessions.values()), list(self._ending.values()))
+        problems += self.pins.check()
+        return problems + check_leases(self.tier, list(self._sessions.values()), list(self._ending.values()), self.errands.session)
 
-    def _session(self, session_id: str) -> Session:
+    def session(self, session_id: str) -> Session:
+        """StoreUnavailable when there is none of that name."""
         session = self._sessions.get(session_id)
         if session is None:
             raise StoreUnavailable("the store does not know this session: it has ended, or the store was restarted; attach again")
@@ -266,11 +277,18 @@ class Store:
             if foreign or parent.layout != session.layout_digest:
                 return ReserveOutcome.NO_PARENT, None
         block = new_block(key, session.layout_digest, session.layout.block_bytes, session.layout.num_parts, parent)
-        if not self._may_lease(session) or not self.tier.place(block):
+        if not self._may_lease(session) or not self._place(block):
             return ReserveOutcome.NO_SPACE, None
         block.lease = lease
         lease.blocks[key] = block
         return ReserveOutcome.RESERVED, block
+
+    def _place(self, block: Block) -> bool:
+        """What clients have asked to be kept goes last, but it goes."""
+        while not self.tier.place(block):
+            if not self.pins.give_up_one():
+                return False
+        return True
 
     def _admit(self, block: Block) -> None:
         """Makes a complete block visible, and those behind it that waited only for it."""
@@ -361,36 +379,17 @@ class Store:
             self._end(session)
         elif session.session_id in self._ending:
             self._bury(session)
-        self._flush()
-
-    def _note_stored(self, key: bytes) -> None:
-        if self._removed:
-            self._flush()  # an event must not add and remove one key
-        self._added.append(BlockKey(key))
+        self.changes.flush()
 
     def _note_removed(self, key: bytes) -> None:
-        if self._added:
-            self._flush()
-        self._removed.append(BlockKey(key))
-
-    def _flush(self) -> None:
-        if self._added or self._removed:
-            self._sequence += 1
-            added, self._added = self._added, []
-            removed, self._removed = self._removed, []
-            self._listener(WatchEvent(self._sequence, self.epoch, self.tier.name, added, removed))
+        self.accesses.removed(key)
+        self.changes.removed("dram", key)
 
 
 def _check_layout(layout: Layout) -> None:
     sizes = (layout.num_parts, layout.block_size, *layout.part_shape)
     if layout.dtype not in DTYPE_BYTES or not layout.part_shape or min(sizes) < 1:
         raise LayoutMismatch(f"not a layout of blocks: {layout}")
-
-
-def _commit_outcome(block: Block | None) -> CommitOutcome:
-    if block is None or block.state is BlockState.ORPHANED:
-        return CommitOutcome.STALE
-    return CommitOutcome.COMMITTED if block.state is BlockState.STORED else CommitOutcome.PARTIAL
 
 
 def _unwatch(session: Session) -> None:

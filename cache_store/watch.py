@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+import queue
+from collections.abc import Callable, Iterator
 
 from cache_store.errors import StoreRefused
+from cache_store.keys import BlockKey
 from cache_store.outcomes import WatchEvent
 
 SNAPSHOT_KEYS = 1 << 16  # per event
+
+Watcher = asyncio.Queue[WatchEvent] | queue.Queue[WatchEvent | None]
+
+
+class ChangeLog:
+    """Numbers what becomes visible and what stops being so, per tier, in the order in which it happens."""
+
+    def __init__(self, epoch: str, listener: Callable[[WatchEvent], None]) -> None:
+        self.sequence = 0
+        self._epoch, self._listener = epoch, listener
+        self._kind = ("", False)  # tier, and whether keys were added
+        self._keys: list[BlockKey] = []
+
+    def stored(self, tier: str, key: bytes) -> None:
+        self._note((tier, True), key)
+
+    def removed(self, tier: str, key: bytes) -> None:
+        self._note((tier, False), key)
+
+    def flush(self) -> None:
+        """Tells the listener what was noted since the last flush."""
+        if self._keys:
+            self.sequence += 1
+            keys, self._keys = self._keys, []
+            tier, added = self._kind
+            self._listener(WatchEvent(self.sequence, self._epoch, tier, keys if added else [], [] if added else keys))
+
+    def _note(self, kind: tuple[str, bool], key: bytes) -> None:
+        if kind != self._kind:
+            self.flush()  # an event speaks of one tier, and does not add and remove one key
+            self._kind = kind
+        self._keys.append(BlockKey(key))
 
 
 class EventFeed:
@@ -17,24 +52,29 @@ class EventFeed:
     def __init__(self, max_watchers: int, queue_events: int) -> None:
         self._max_watchers = max_watchers
         self._queue_events = queue_events
-        self._queues: set[asyncio.Queue[WatchEvent]] = set()
+        self._queues: set[Watcher] = set()
 
     def publish(self, event: WatchEvent) -> None:
-        for queue in self._queues:
-            if queue.full():
-                queue.get_nowait()  # the oldest, so that what the watcher reads next shows the gap
-            queue.put_nowait(event)
+        for watcher in self._queues:
+            if watcher.full():
+                with contextlib.suppress(queue.Empty):  # its thread was quicker
+                    watcher.get_nowait()  # the oldest, so that what the watcher reads next shows the gap
+            watcher.put_nowait(event)
 
     def subscribe(self) -> asyncio.Queue[WatchEvent]:
         """Events from now on. StoreRefused when there are too many watchers. `unsubscribe` when done."""
+        watcher: asyncio.Queue[WatchEvent] = asyncio.Queue(self._queue_events)
+        self.add(watcher)
+        return watcher
+
+    def add(self, watcher: Watcher) -> None:
+        """As `subscribe`, with a queue of the watcher's own, which may be one for threads."""
         if len(self._queues) >= self._max_watchers:
             raise StoreRefused(f"there are {self._max_watchers} watchers already")
-        queue: asyncio.Queue[WatchEvent] = asyncio.Queue(self._queue_events)
-        self._queues.add(queue)
-        return queue
+        self._queues.add(watcher)
 
-    def unsubscribe(self, queue: asyncio.Queue[WatchEvent]) -> None:
-        self._queues.discard(queue)
+    def unsubscribe(self, watcher: Watcher) -> None:
+        self._queues.discard(watcher)
 
 
 def pieces(snapshot: WatchEvent) -> Iterator[WatchEvent]:

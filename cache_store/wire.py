@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 
+from cache_store.accesses import MissReason
 from cache_store.errors import ArenaTooSmall, LayoutMismatch, StoreError, StoreRefused, StoreUnavailable
 from cache_store.keys import Layout
 from cache_store.outcomes import ClaimOutcome, CommitOutcome, ReserveOutcome
@@ -30,7 +31,17 @@ COMMIT = {
     CommitOutcome.PARTIAL: pb.PARTIAL,
     CommitOutcome.STALE: pb.STALE,
 }
+MISS = {
+    MissReason.COLD: pb.COLD,
+    MissReason.EVICTED: pb.EVICTED,
+    MissReason.CHEAPER_TO_COMPUTE: pb.CHEAPER_TO_COMPUTE,
+    MissReason.LATE: pb.LATE,
+    MissReason.NO_SPACE: pb.NO_ROOM,
+    MissReason.LOST: pb.LOST,
+}
 TIER = {"dram": pb.DRAM, "disk": pb.DISK, "peer": pb.PEER}
+
+TIER_NAMES = {int(number): name for name, number in TIER.items()}
 
 STATUS: dict[type[Exception], grpc.StatusCode] = {
     StoreUnavailable: grpc.StatusCode.NOT_FOUND,  # the session is not known here

@@ -7,6 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class MissReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MISS_REASON_UNSPECIFIED: _ClassVar[MissReason]
+    COLD: _ClassVar[MissReason]
+    EVICTED: _ClassVar[MissReason]
+    CHEAPER_TO_COMPUTE: _ClassVar[MissReason]
+    LATE: _ClassVar[MissReason]
+    NO_ROOM: _ClassVar[MissReason]
+    LOST: _ClassVar[MissReason]
+
 class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TIER_UNSPECIFIED: _ClassVar[Tier]
@@ -36,6 +46,13 @@ class CommitOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COMMITTED: _ClassVar[CommitOutcome]
     PARTIAL: _ClassVar[CommitOutcome]
     STALE: _ClassVar[CommitOutcome]
+MISS_REASON_UNSPECIFIED: MissReason
+COLD: MissReason
+EVICTED: MissReason
+CHEAPER_TO_COMPUTE: MissReason
+LATE: MissReason
+NO_ROOM: MissReason
+LOST: MissReason
 TIER_UNSPECIFIED: Tier
 DRAM: Tier
 DISK: Tier
@@ -120,20 +137,28 @@ class DetachResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("session_id", "keys")
+    __slots__ = ("session_id", "keys", "compute_tokens_per_s", "copy_bytes_per_s")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    COPY_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     keys: bytes
-    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ...) -> None: ...
+    compute_tokens_per_s: float
+    copy_bytes_per_s: float
+    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., compute_tokens_per_s: _Optional[float] = ..., copy_bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("num_blocks", "tier_runs")
+    __slots__ = ("num_blocks", "tier_runs", "num_cheaper_to_compute", "miss_reason")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TIER_RUNS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHEAPER_TO_COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    MISS_REASON_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     tier_runs: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, num_blocks: _Optional[int] = ..., tier_runs: _Optional[_Iterable[int]] = ...) -> None: ...
+    num_cheaper_to_compute: int
+    miss_reason: MissReason
+    def __init__(self, num_blocks: _Optional[int] = ..., tier_runs: _Optional[_Iterable[int]] = ..., num_cheaper_to_compute: _Optional[int] = ..., miss_reason: _Optional[_Union[MissReason, str]] = ...) -> None: ...
 
 class ClaimRequest(_message.Message):
     __slots__ = ("session_id", "keys", "ttl_ms")
@@ -152,28 +177,32 @@ class ClaimResponse(_message.Message):
     def __init__(self, outcomes: _Optional[_Iterable[_Union[ClaimOutcome, str]]] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("session_id", "keys", "ttl_ms")
+    __slots__ = ("session_id", "keys", "ttl_ms", "max_wait_ms")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     keys: bytes
     ttl_ms: int
-    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+    max_wait_ms: int
+    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., max_wait_ms: _Optional[int] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
-    __slots__ = ("lease_id", "offsets", "generations", "checksums", "tier_runs")
+    __slots__ = ("lease_id", "offsets", "generations", "checksums", "tier_runs", "shortfall")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     TIER_RUNS_FIELD_NUMBER: _ClassVar[int]
+    SHORTFALL_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     offsets: _containers.RepeatedScalarFieldContainer[int]
     generations: _containers.RepeatedScalarFieldContainer[int]
     checksums: _containers.RepeatedScalarFieldContainer[int]
     tier_runs: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease_id: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., tier_runs: _Optional[_Iterable[int]] = ...) -> None: ...
+    shortfall: MissReason
+    def __init__(self, lease_id: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., tier_runs: _Optional[_Iterable[int]] = ..., shortfall: _Optional[_Union[MissReason, str]] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("session_id", "keys", "parents", "ttl_ms", "first")
@@ -242,7 +271,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("epoch", "blocks", "total_bytes", "ready_bytes", "used_bytes", "used_slots", "free_slots", "held_slots", "quarantined_slots", "pinned_blocks", "leases", "sessions", "claims", "hit_blocks", "missed_blocks", "committed_blocks", "evicted_blocks", "killed_holders")
+    __slots__ = ("epoch", "blocks", "total_bytes", "ready_bytes", "used_bytes", "used_slots", "free_slots", "held_slots", "quarantined_slots", "pinned_blocks", "leases", "sessions", "claims", "hit_blocks", "missed_blocks", "committed_blocks", "evicted_blocks", "killed_holders", "kept_bytes", "disk_blocks", "disk_bytes", "disk_total_bytes", "num_peers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +290,11 @@ class StatResponse(_message.Message):
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     KILLED_HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PEERS_FIELD_NUMBER: _ClassVar[int]
     epoch: str
     blocks: int
     total_bytes: int
@@ -279,7 +313,12 @@ class StatResponse(_message.Message):
     committed_blocks: int
     evicted_blocks: int
     killed_holders: int
-    def __init__(self, epoch: _Optional[str] = ..., blocks: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., used_slots: _Optional[int] = ..., free_slots: _Optional[int] = ..., held_slots: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., sessions: _Optional[int] = ..., claims: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., missed_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., killed_holders: _Optional[int] = ...) -> None: ...
+    kept_bytes: int
+    disk_blocks: int
+    disk_bytes: int
+    disk_total_bytes: int
+    num_peers: int
+    def __init__(self, epoch: _Optional[str] = ..., blocks: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., used_slots: _Optional[int] = ..., free_slots: _Optional[int] = ..., held_slots: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., sessions: _Optional[int] = ..., claims: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., missed_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., killed_holders: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ..., num_peers: _Optional[int] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ()
@@ -308,3 +347,112 @@ class WatchEvent(_message.Message):
     added: bytes
     removed: bytes
     def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[str] = ..., tier: _Optional[_Union[Tier, str]] = ..., added: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("session_id", "owner", "keys", "ttl_ms", "max_wait_ms")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    owner: str
+    keys: bytes
+    ttl_ms: int
+    max_wait_ms: int
+    def __init__(self, session_id: _Optional[str] = ..., owner: _Optional[str] = ..., keys: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., max_wait_ms: _Optional[int] = ...) -> None: ...
+
+class PinResponse(_message.Message):
+    __slots__ = ("pin_id", "num_blocks", "num_bytes", "over_quota")
+    PIN_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OVER_QUOTA_FIELD_NUMBER: _ClassVar[int]
+    pin_id: int
+    num_blocks: int
+    num_bytes: int
+    over_quota: bool
+    def __init__(self, pin_id: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., over_quota: bool = ...) -> None: ...
+
+class UnpinRequest(_message.Message):
+    __slots__ = ("owner", "pin_ids")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    PIN_IDS_FIELD_NUMBER: _ClassVar[int]
+    owner: str
+    pin_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, owner: _Optional[str] = ..., pin_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class UnpinResponse(_message.Message):
+    __slots__ = ("num_unpinned",)
+    NUM_UNPINNED_FIELD_NUMBER: _ClassVar[int]
+    num_unpinned: int
+    def __init__(self, num_unpinned: _Optional[int] = ...) -> None: ...
+
+class ListPinsRequest(_message.Message):
+    __slots__ = ("owner",)
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    owner: str
+    def __init__(self, owner: _Optional[str] = ...) -> None: ...
+
+class ListPinsResponse(_message.Message):
+    __slots__ = ("pins",)
+    class Entry(_message.Message):
+        __slots__ = ("pin_id", "owner", "num_blocks", "num_bytes", "remaining_ms")
+        PIN_ID_FIELD_NUMBER: _ClassVar[int]
+        OWNER_FIELD_NUMBER: _ClassVar[int]
+        NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+        NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+        REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
+        pin_id: int
+        owner: str
+        num_blocks: int
+        num_bytes: int
+        remaining_ms: int
+        def __init__(self, pin_id: _Optional[int] = ..., owner: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., remaining_ms: _Optional[int] = ...) -> None: ...
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    pins: _containers.RepeatedCompositeFieldContainer[ListPinsResponse.Entry]
+    def __init__(self, pins: _Optional[_Iterable[_Union[ListPinsResponse.Entry, _Mapping]]] = ...) -> None: ...
+
+class SetPeersRequest(_message.Message):
+    __slots__ = ("addresses",)
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetPeersResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MetricsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MetricsResponse(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("keys", "layout", "timeout_ms")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    layout: bytes
+    timeout_ms: int
+    def __init__(self, keys: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class OpenResponse(_message.Message):
+    __slots__ = ("num_blocks", "block_bytes", "checksums", "ticket", "port")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    block_bytes: int
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    ticket: bytes
+    port: int
+    def __init__(self, num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ..., ticket: _Optional[bytes] = ..., port: _Optional[int] = ...) -> None: ...

@@ -89,6 +89,31 @@ class CacheStoreStub(object):
                 request_serializer=protos_dot_cache__store__pb2.WatchRequest.SerializeToString,
                 response_deserializer=protos_dot_cache__store__pb2.WatchEvent.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/mobula.cache_store.v1.CacheStore/Pin',
+                request_serializer=protos_dot_cache__store__pb2.PinRequest.SerializeToString,
+                response_deserializer=protos_dot_cache__store__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/mobula.cache_store.v1.CacheStore/Unpin',
+                request_serializer=protos_dot_cache__store__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=protos_dot_cache__store__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/mobula.cache_store.v1.CacheStore/ListPins',
+                request_serializer=protos_dot_cache__store__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=protos_dot_cache__store__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
+        self.SetPeers = channel.unary_unary(
+                '/mobula.cache_store.v1.CacheStore/SetPeers',
+                request_serializer=protos_dot_cache__store__pb2.SetPeersRequest.SerializeToString,
+                response_deserializer=protos_dot_cache__store__pb2.SetPeersResponse.FromString,
+                _registered_method=True)
+        self.Metrics = channel.unary_unary(
+                '/mobula.cache_store.v1.CacheStore/Metrics',
+                request_serializer=protos_dot_cache__store__pb2.MetricsRequest.SerializeToString,
+                response_deserializer=protos_dot_cache__store__pb2.MetricsResponse.FromString,
+                _registered_method=True)
 
 
 class CacheStoreServicer(object):
@@ -171,6 +196,39 @@ class CacheStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Asks for a prefix to be kept: its blocks are evicted last. Ends by itself; bounded by quotas per owner and in all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPins(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPeers(self, request, context):
+        """Names the stores of other nodes that blocks may be pulled from, in place of those named before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Metrics(self, request, context):
+        """Everything the store counts, as Prometheus text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CacheStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -228,6 +286,31 @@ def add_CacheStoreServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=protos_dot_cache__store__pb2.WatchRequest.FromString,
                     response_serializer=protos_dot_cache__store__pb2.WatchEvent.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=protos_dot_cache__store__pb2.PinRequest.FromString,
+                    response_serializer=protos_dot_cache__store__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=protos_dot_cache__store__pb2.UnpinRequest.FromString,
+                    response_serializer=protos_dot_cache__store__pb2.UnpinResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=protos_dot_cache__store__pb2.ListPinsRequest.FromString,
+                    response_serializer=protos_dot_cache__store__pb2.ListPinsResponse.SerializeToString,
+            ),
+            'SetPeers': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPeers,
+                    request_deserializer=protos_dot_cache__store__pb2.SetPeersRequest.FromString,
+                    response_serializer=protos_dot_cache__store__pb2.SetPeersResponse.SerializeToString,
+            ),
+            'Metrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.Metrics,
+                    request_deserializer=protos_dot_cache__store__pb2.MetricsRequest.FromString,
+                    response_serializer=protos_dot_cache__store__pb2.MetricsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -527,6 +610,262 @@ class CacheStore(object):
             '/mobula.cache_store.v1.CacheStore/Watch',
             protos_dot_cache__store__pb2.WatchRequest.SerializeToString,
             protos_dot_cache__store__pb2.WatchEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.cache_store.v1.CacheStore/Pin',
+            protos_dot_cache__store__pb2.PinRequest.SerializeToString,
+            protos_dot_cache__store__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.cache_store.v1.CacheStore/Unpin',
+            protos_dot_cache__store__pb2.UnpinRequest.SerializeToString,
+            protos_dot_cache__store__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.cache_store.v1.CacheStore/ListPins',
+            protos_dot_cache__store__pb2.ListPinsRequest.SerializeToString,
+            protos_dot_cache__store__pb2.ListPinsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPeers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.cache_store.v1.CacheStore/SetPeers',
+            protos_dot_cache__store__pb2.SetPeersRequest.SerializeToString,
+            protos_dot_cache__store__pb2.SetPeersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Metrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.cache_store.v1.CacheStore/Metrics',
+            protos_dot_cache__store__pb2.MetricsRequest.SerializeToString,
+            protos_dot_cache__store__pb2.MetricsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class PeerStoreStub(object):
+    """What a store offers to stores of other nodes, on a port of its own. Peers pull; nobody pushes.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Watch = channel.unary_stream(
+                '/mobula.cache_store.v1.PeerStore/Watch',
+                request_serializer=protos_dot_cache__store__pb2.WatchRequest.SerializeToString,
+                response_deserializer=protos_dot_cache__store__pb2.WatchEvent.FromString,
+                _registered_method=True)
+        self.Open = channel.unary_unary(
+                '/mobula.cache_store.v1.PeerStore/Open',
+                request_serializer=protos_dot_cache__store__pb2.OpenRequest.SerializeToString,
+                response_deserializer=protos_dot_cache__store__pb2.OpenResponse.FromString,
+                _registered_method=True)
+
+
+class PeerStoreServicer(object):
+    """What a store offers to stores of other nodes, on a port of its own. Peers pull; nobody pushes.
+    """
+
+    def Watch(self, request, context):
+        """As CacheStore.Watch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Open(self, request, context):
+        """Lends the leading blocks asked for, and says how to get their bytes: from the plain socket named here, or with Fetch.
+        Fetch is a method of this service with raw messages: the request is a ticket, the stream is the blocks' bytes in chunks of up to 2 MiB.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PeerStoreServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=protos_dot_cache__store__pb2.WatchRequest.FromString,
+                    response_serializer=protos_dot_cache__store__pb2.WatchEvent.SerializeToString,
+            ),
+            'Open': grpc.unary_unary_rpc_method_handler(
+                    servicer.Open,
+                    request_deserializer=protos_dot_cache__store__pb2.OpenRequest.FromString,
+                    response_serializer=protos_dot_cache__store__pb2.OpenResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'mobula.cache_store.v1.PeerStore', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('mobula.cache_store.v1.PeerStore', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class PeerStore(object):
+    """What a store offers to stores of other nodes, on a port of its own. Peers pull; nobody pushes.
+    """
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mobula.cache_store.v1.PeerStore/Watch',
+            protos_dot_cache__store__pb2.WatchRequest.SerializeToString,
+            protos_dot_cache__store__pb2.WatchEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Open(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.cache_store.v1.PeerStore/Open',
+            protos_dot_cache__store__pb2.OpenRequest.SerializeToString,
+            protos_dot_cache__store__pb2.OpenResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ TensorParallel = Annotated[MaybeInt, typer.Option("--tensor-parallel-size", "--t
 Policy = Annotated[MaybeStr, typer.Option("--policy", help="round_robin, least_loaded or prefix_affinity.")]
 KvMemory = Annotated[MaybeStr, typer.Option("--kv-memory", help="Pages per rank, e.g. 1GiB.")]
 StoreMemory = Annotated[MaybeStr, typer.Option("--store-memory", help="Cache store per node, e.g. 4GiB; 0: none.")]
+DiskMemory = Annotated[MaybeStr, typer.Option("--disk-memory", help="The store's tier on disk, per node, e.g. 100GiB; 0: none.")]
+DiskDirectory = Annotated[MaybeStr, typer.Option("--disk-directory", help="Where that lies; ~/.cache/mobula/store unless given.")]
 Dtype = Annotated[MaybeStr, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 LoadFormat = Annotated[MaybeStr, typer.Option("--load-format", help="auto, safetensors or dummy (made-up weights).")]
 Device = Annotated[MaybeStr, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -71,6 +73,8 @@ def serve(
     api_keys: Annotated[MaybeStr, typer.Option("--api-keys", help='TOML file with a line tenant = "key" for each tenant.')] = None,
     kv_memory: KvMemory = None,
     store_memory: StoreMemory = None,
+    disk_memory: DiskMemory = None,
+    disk_directory: DiskDirectory = None,
     dtype: Dtype = None,
     load_format: LoadFormat = None,
     device: Device = None,
@@ -242,11 +246,17 @@ def shutdown(deployment: Deployment = None) -> None:
 def store(
     memory: Annotated[str, typer.Option("--memory", help="Size of the arena.")] = "1GiB",
     address: Annotated[str, typer.Option("--address", help="unix:/PATH or HOST:PORT to listen on.")] = "",
+    disk_memory: DiskMemory = None,
+    disk_directory: DiskDirectory = None,
+    peer_address: Annotated[str, typer.Option("--peer-address", help="HOST:PORT that other nodes' stores pull from.")] = "",
+    peer: Annotated[Optional[list[str]], typer.Option("--peer", help="HOST:PORT of a store to pull from; may be repeated.")] = None,  # noqa: UP045
+    metrics_address: Annotated[str, typer.Option("--metrics-address", help="HOST:PORT of an HTTP server with Prometheus metrics.")] = "",
 ) -> None:
     """Runs one node's cache store by hand (serve starts its own). The cluster's secret is read from MOBULA_SECRET."""
     from runtime.commands.store import store as run
 
-    run(memory, address)
+    disk = {"disk_memory": disk_memory, "disk_directory": disk_directory}
+    run(memory, address, disk, {"peer_address": peer_address, "peers": tuple(peer or ()), "metrics_address": metrics_address})
 
 
 def _settings(context: typer.Context, config: Path | None, *, deployment_suffix: str = "") -> ServeSettings:

@@ -5,6 +5,7 @@ Precedence: `--config FILE.toml` < `MOBULA_<NAME>` < flags. Sizes take KiB, MiB 
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from cache_store.config import StoreConfig
 from runtime.api_keys import ApiKeys, read_api_keys
 from runtime.errors import DeploymentError
 from workers.config import WorkerConfig
@@ -40,6 +42,8 @@ class ServeSettings:
     policy: str = "prefix_affinity"
     kv_memory: int | None = None  # per rank; None: 1 GiB on the CPU, what the card has to spare on CUDA
     store_memory: int = 1 << 30  # per node; 0: no store
+    disk_memory: int = 0  # per node, of the store's tier on disk; 0: none
+    disk_directory: str = ""  # where it lies; empty: under the user's cache directory. One store at a time uses it
     host: str = "127.0.0.1"
     port: int = 50051  # 0 picks one
     metrics_port: int | None = None  # of the Prometheus endpoint; None: none, 0 picks one
@@ -64,6 +68,8 @@ class ServeSettings:
                 raise DeploymentError(f"{flag_of(name)} must be at least {low}, not {getattr(self, name)}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
             raise DeploymentError(f"--metrics-port must be a port or 0, not {self.metrics_port}")
+        if self.disk_memory and not self.store_memory:
+            raise DeploymentError("--disk-memory needs --store-memory: blocks come back from disk through the store's memory")
         if self.load_format not in ("auto", "safetensors", "dummy"):
             raise DeploymentError(f"--load-format must be auto, safetensors or dummy, not {self.load_format!r}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", self.deployment):
@@ -72,6 +78,21 @@ class ServeSettings:
     @property
     def model_names(self) -> tuple[str, ...]:
         return self.served_model_name or (Path(self.model).resolve().name,)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether everything listens on loopback only."""
+        return self.host in ("127.0.0.1", "localhost")
+
+    def store_config(self, secret: str) -> StoreConfig:
+        """One node's store."""
+        return StoreConfig(
+            memory_bytes=self.store_memory,
+            secret=secret,
+            peer_address="127.0.0.1:0" if self.is_local else "0.0.0.0:0",
+            disk_bytes=self.disk_memory,
+            disk_directory=self.disk_directory or default_disk_directory() if self.disk_memory else "",
+        )
 
     def worker_config(self) -> WorkerConfig:
         return WorkerConfig(
@@ -90,7 +111,11 @@ class ServeSettings:
         )
 
 
-_SIZES = {"kv_memory", "store_memory", "max_message_size"}
+def default_disk_directory() -> str:
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mobula" / "store")
+
+
+_SIZES = {"kv_memory", "store_memory", "disk_memory", "max_message_size"}
 
 
 def flag_of(name: str) -> str:

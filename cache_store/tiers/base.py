@@ -20,7 +20,7 @@ class TierBlock(NamedTuple):
     parent: bytes | None  # None: the first block of its sequence
     layout: bytes  # digest of its layout
     checksums: bytes  # xxh3-64 of each part, little-endian
-    data: bytes
+    data: bytes | memoryview
 
 
 class Tier(Protocol):
@@ -55,13 +55,14 @@ class Tier(Protocol):
 
 
 TIERS = {
+    "disk": "cache_store.tiers.disk:open_disk",
     "dram": "cache_store.tiers.dram:open_dram",
     "memory": "cache_store.tiers.memory:open_memory",
 }
 
 
 def open_tier(name: str, config: StoreConfig) -> Tier:
-    """The tier of that name in TIERS, ready for use, with `config.memory_bytes` of room. Its caller closes it."""
+    """The tier of that name in TIERS, ready for use, with `config.memory_bytes` of room, or `config.disk_bytes`. Its caller closes it."""
     module, _, function = TIERS[name].partition(":")
     tier: Tier = getattr(importlib.import_module(module), function)(config)
     return tier

@@ -5,13 +5,16 @@ Nothing here is on the path of a step or a token.
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import logging
 import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from runtime.controller.spec import EngineState, Progress
+from cache_store.errors import StoreError
+from runtime.controller.spec import EngineState, NodeState, Progress
 from runtime.errors import CheckpointError, MobulaError, NotEnoughMemory
 from runtime.loop import LoopThread
 
@@ -125,15 +128,32 @@ class StoreActor:
     """One node's cache store, as a child process that survives nothing of ours and is restarted when it dies."""
 
     def __init__(self, config: StoreConfig) -> None:
+        import ray
+
         from cache_store.process import StoreProcess
 
         logging.basicConfig(level=logging.INFO)
+        if config.peer_address.startswith("0.0.0.0:"):  # peers need a name for this node
+            config = dataclasses.replace(config, peer_address=f"{ray.util.get_node_ip_address()}:0")
+        self._secret = config.secret
         self._process = StoreProcess(config)
         self._process.start(timeout_s=30.0)
 
-    def describe(self) -> tuple[str, str, str]:
-        """(node, address, state)"""
-        return current_node_id(), self._process.address, self._process.state
+    def describe(self) -> NodeState:
+        return NodeState(current_node_id(), self._process.address, self._process.state, self._process.peer_address)
+
+    def set_peers(self, addresses: list[str]) -> None:
+        """Tells the store where it may pull from. One that does not answer is told again with the next push."""
+        from cache_store.client import StoreClient
+
+        async def tell() -> None:
+            async with StoreClient(self._process.address, self._secret) as client:
+                await client.set_peers(addresses)
+
+        try:
+            asyncio.run(tell())
+        except StoreError as error:
+            log.info("the store has not heard of its peers: %s", error)
 
     def pid(self) -> int:
         pid: int = self._process.pid
@@ -154,8 +174,8 @@ class FrontDoorActor:
         self._door = FrontDoor(config)
         self._address = self._thread.run(self._door.start(), 30.0)
 
-    def describe(self) -> tuple[str, str, str]:
-        return current_node_id(), self._address, "ready"
+    def describe(self) -> NodeState:
+        return NodeState(current_node_id(), self._address, "ready")
 
     def set_membership(self, membership: Membership) -> int:
         self._thread.run(self._door.set_membership(membership), 10.0)

@@ -13,12 +13,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from cache_store.config import StoreConfig
 from runtime.controller import placement
 from runtime.controller.ray_cluster import CONTROLLER, actor_names, find_actor, kill_actor, remove_everything
 from runtime.controller.remote_call import RemoteCall, RemoteCallFailed
 from runtime.controller.replica import Replica, ReplicaPhase
-from runtime.controller.spec import DeploymentReport, DeploymentSpec
+from runtime.controller.spec import DeploymentReport, DeploymentSpec, NodeState
 from runtime.engine.config import EngineConfig
 from runtime.frontdoor.config import FrontDoorConfig
 from runtime.routing.types import Membership, StoreMember
@@ -40,12 +39,12 @@ class NodeActor:
     """A store or a front door: one per node, found again by name, made again when lost."""
 
     def __init__(self, name: str, namespace: str, create: Callable[[], Any]) -> None:
-        self.node_id = self.address = ""
+        self.node_id = self.address = self.peer_address = ""
         self.state = "starting"
         self.problem = ""
         self._name, self._namespace, self._create = name, namespace, create
         self._handle: Any = None
-        self._call: RemoteCall[tuple[str, str, str]] | None = None
+        self._call: RemoteCall[NodeState] | None = None
         self._next_look_s = 0.0
 
     def advance(self, now_s: float) -> None:
@@ -61,7 +60,7 @@ class NodeActor:
             kill_actor(self._name, self._namespace)
             return
         if answer is not None:
-            self.node_id, self.address, self.state = answer
+            self.node_id, self.address, self.state, self.peer_address = answer
             self.problem, self._call, self._next_look_s = "", None, now_s + PROBE_EVERY_S
 
     def call(self, method: str, *arguments: object) -> Any:
@@ -155,8 +154,7 @@ class Controller:
         settings = self._spec.settings
         for node_id in placement.live_nodes():
             if settings.store_memory and node_id not in self._stores:
-                config = StoreConfig(memory_bytes=settings.store_memory, secret=self._spec.secret)
-                self._stores[node_id] = self._node_actor("store", node_id, placement.create_store, config)
+                self._stores[node_id] = self._node_actor("store", node_id, placement.create_store, settings.store_config(self._spec.secret))
             if self._spec.front_doors and node_id not in self._front_doors:
                 self._front_doors[node_id] = self._node_actor("frontdoor", node_id, placement.create_front_door, self._door_config(node_id))
         for actor in (*self._stores.values(), *self._front_doors.values()):
@@ -228,6 +226,9 @@ class Controller:
             self._pushed_s = now_s
             for door in self._front_doors.values():
                 door.call("set_membership", self._membership)
+            peers = sorted(filter(None, (store.peer_address for store in self._stores.values())))
+            for store in self._stores.values() if len(self._stores) > 1 else ():
+                store.call("set_peers", peers)
 
     def _drain(self) -> None:
         """New requests are refused, running ones get DRAIN_S, then engines and stores close what they own."""

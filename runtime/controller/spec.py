@@ -26,6 +26,15 @@ def namespace_of(deployment: str) -> str:
     return f"mobula.{deployment}"
 
 
+class NodeState(NamedTuple):
+    """What a node's store or front door answers to a probe."""
+
+    node_id: str
+    address: str
+    state: str
+    peer_address: str = ""  # of a store: where stores of other nodes pull from
+
+
 class Progress(NamedTuple):
     """How far one rank is with one phase of its start."""
 

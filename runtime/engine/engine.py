@@ -35,6 +35,7 @@ from runtime.engine.kv_offers import KvOffers
 from runtime.engine.live import EngineRequest as EngineRequest
 from runtime.engine.live import LiveRequest, Phase, RequestKey
 from runtime.engine.outputs import Outputs
+from runtime.engine.rates import ReplicaRates
 from runtime.engine.scheduler import Launched, Scheduler
 from runtime.engine.store_port import NoStore, StoreAnswer, StorePort, StoreReady
 from runtime.errors import GroupFailed, MobulaError
@@ -64,6 +65,7 @@ class Engine:
         *,
         digest: Callable[[], bytes] | None = None,
         processes: tuple[tuple[int, int], ...] = (),
+        rates: ReplicaRates | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`digest` computes the weights digest where the group does not know it; it runs on a thread of its own, and until it is done the
@@ -85,6 +87,7 @@ class Engine:
         self.blocks.on_publish, self.blocks.on_evict = self.offers.published, self.offers.evicted
         self._group, self._port, self._sink, self._clock = group, port, sink, clock
         self._processes = processes
+        self._rates = rates or ReplicaRates()
         self._inbox = Inbox(config)
         self._taken: list[Message] = []
         self._live: dict[RequestKey, LiveRequest] = {}
@@ -206,6 +209,7 @@ class Engine:
         launched = self.scheduler.plan(self.loads.take_copies(), self.offers.take_copies())
         if launched is not None:
             now_s = self._clock()
+            self._rates.copies_sent(len(launched.plan.loads), now_s)
             for request in launched.admitted:
                 request.admitted_s = request.admitted_s if request.admitted_s is not None else now_s
             self._launched.append((launched, now_s))
@@ -224,9 +228,13 @@ class Engine:
     def _apply(self, answer: StepResult | CopyResult) -> None:
         now_s = self._clock()
         if isinstance(answer, CopyResult):
-            _ = self.loads.copied(answer, now_s) or self.offers.copied(answer)
+            if self.loads.copied(answer, now_s):
+                self._rates.copy_done(self.info.layout.block_bytes if answer.ok else 0, now_s)
+            else:
+                self.offers.copied(answer)
             return
-        launched, _ = self._launched.popleft()
+        launched, launched_s = self._launched.popleft()
+        self._rates.step_done(launched.plan, launched_s, now_s)
         self._oldest_launch_s = self._launched[0][1] if self._launched else None
         if launched.plan.sequence != answer.sequence:
             raise GroupFailed(f"the group answered step {answer.sequence} where {launched.plan.sequence} was next")

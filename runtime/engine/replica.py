@@ -10,6 +10,7 @@ from typing import NamedTuple
 from cache_store.processes import process_identity
 from runtime.engine.config import EngineConfig
 from runtime.engine.engine import Engine
+from runtime.engine.rates import ReplicaRates
 from runtime.engine.server import EngineServer
 from runtime.engine.store_port import RemoteStore
 from workers.config import WorkerConfig
@@ -38,8 +39,9 @@ def serve_replica(
         server = EngineServer(secret=endpoints.secret, host=endpoints.host)
         stack.callback(server.stop)
         store = None
+        rates = ReplicaRates()
         if endpoints.store_address:
-            store = stack.enter_context(RemoteStore(endpoints.store_address, endpoints.secret, config.replica_id))
+            store = stack.enter_context(RemoteStore(endpoints.store_address, endpoints.secret, config.replica_id, rates=rates))
         engine = Engine(
             config,
             group,
@@ -47,6 +49,7 @@ def serve_replica(
             server.deliver,
             digest=lambda: weights_digest(worker.model),
             processes=(process_identity(os.getpid()),),
+            rates=rates,
         )
         on_ready(f"{endpoints.public_host}:{server.start(engine)}", engine.stop)
         failure = engine.run()

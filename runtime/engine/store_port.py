@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cache_store.errors import StoreError
 from cache_store.keys import BlockKey, Layout
+from runtime.engine.rates import ReplicaRates
 from runtime.loop import LoopThread
 from workers.step import ArenaSpec
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0
+ACQUIRE_WAIT_S = 1.0  # for blocks to come from disk or peers; a request waits for the store for EngineConfig.load_timeout_s in all
 MAX_OUTSTANDING = 256  # questions without an answer yet
 PROBE_EVERY_S = 2.0  # an idle engine notices a restarted store within this
 BACKOFF_S = (0.1, 2.0)  # first and longest wait between attempts to attach
@@ -145,10 +147,18 @@ class RemoteStore:
     """A StorePort over gRPC. `close` detaches and ends the thread; also a context manager."""
 
     def __init__(
-        self, address: str, secret: str, label: str, *, timeout_s: float = CALL_TIMEOUT_S, probe_every_s: float = PROBE_EVERY_S
+        self,
+        address: str,
+        secret: str,
+        label: str,
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        probe_every_s: float = PROBE_EVERY_S,
+        rates: ReplicaRates | None = None,
     ) -> None:
+        """`rates` are the replica's, which the store weighs its tiers with; None: it answers all that it has."""
         self._address, self._secret, self._label = address, secret, label
-        self._timeout_s, self._probe_every_s = timeout_s, probe_every_s
+        self._timeout_s, self._probe_every_s, self._rates = timeout_s, probe_every_s, rates or ReplicaRates()
         self._state = StoreState.CONNECTING
         self._num_open = 0
         self._next_ticket = 0
@@ -232,7 +242,7 @@ class RemoteStore:
     async def _answer(self, client: StoreClient, ticket: int, question: Question) -> None:
         reply = None
         try:
-            reply = await _call(client, question)
+            reply = await _call(client, question, self._rates)
         except (StoreError, ValueError) as error:  # a question that the store finds wrong must not leave its slots behind
             self._lose(f"{type(question).__name__}: {error}")
         finally:
@@ -302,14 +312,16 @@ class RemoteStore:
         await client.close()
 
 
-async def _call(client: StoreClient, question: Question) -> Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int:
+async def _call(
+    client: StoreClient, question: Question, rates: ReplicaRates
+) -> Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int:
     match question:
         case Lookup(keys):
-            return await client.lookup(keys)
+            return await client.lookup(keys, rates.tokens_per_s, rates.copy_bytes_per_s)
         case Claim(keys, ttl_s):
             return await client.claim(keys, ttl_s)
         case Acquire(keys, ttl_s):
-            return await client.acquire(keys, ttl_s)
+            return await client.acquire(keys, ttl_s, ACQUIRE_WAIT_S)
         case Reserve(keys, parents, first, ttl_s):
             return await client.reserve(keys, parents, ttl_s, first)
         case Commit(lease_id, blocks):

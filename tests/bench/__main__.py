@@ -18,7 +18,7 @@ from tests.bench.rows import Measured, machine, measured, python_loop_s, read_re
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before a benchmark imports torch
 
-NAMES = ("scheduler_bench", "dispatch_bench", "store_bench", "eviction_bench", "frontdoor_bench", "model_bench", "load_bench")
+NAMES = ("scheduler_bench", "dispatch_bench", "store_bench", "peer_bench", "eviction_bench", "frontdoor_bench", "model_bench", "load_bench")
 
 
 def main(arguments: list[str]) -> int:

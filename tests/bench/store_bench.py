@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from cache_store.process import StoreProcess
 from cache_store.processes import process_identity
 
 NUM_BLOCKS = 512
+NUM_LOAD_CLIENTS = 4
 LAYOUT = Layout(codec="gqa", group=0, block_size=16, dtype="bfloat16", num_parts=8, part_shape=(4, 2, 16, 128))  # 256 KiB a block
 ROOT = BlockKey(hash_fields("root", b"bench"))
 ROUNDS = 7
@@ -42,6 +43,48 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - begun_s
 
 
+# Reads and writes prefixes of 64 blocks without a pause, until it is killed; says so once it does.
+LOAD_CLIENT = """
+import asyncio, itertools, os, sys
+from cache_store.client import ReserveOutcome, StoreClient
+from cache_store.keys import chain_keys
+from cache_store.processes import process_identity
+from tests.bench.store_bench import LAYOUT, ROOT
+
+async def main():
+    client = StoreClient(sys.argv[1], "bench")
+    await client.attach(LAYOUT, [process_identity(os.getpid())], "load")
+    for number in itertools.count():
+        keys = chain_keys(ROOT, [os.getpid(), number] * (32 * LAYOUT.block_size), LAYOUT.block_size)
+        await client.lookup(keys)
+        reserved = await client.reserve(keys, [ROOT, *keys[:-1]], 60.0)
+        blocks = [(key, range(LAYOUT.num_parts), bytes(8 * LAYOUT.num_parts))
+                  for key, slot in zip(keys, reserved.slots) if slot.outcome is ReserveOutcome.RESERVED]
+        if blocks:
+            await client.commit(reserved.lease_id, blocks)
+            await client.release([reserved.lease_id])
+        acquired = await client.acquire(keys, 60.0)
+        if acquired.lease_id:
+            await client.release([acquired.lease_id])
+        if number == 2:
+            print("loading", flush=True)
+
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def load(address: str, num_clients: int) -> Iterator[None]:
+    """Other processes that use the store all the time."""
+    with ExitStack() as stack:
+        for _ in range(num_clients):
+            client = stack.enter_context(subprocess.Popen([sys.executable, "-c", LOAD_CLIENT, address], stdout=subprocess.PIPE, text=True))
+            stack.callback(client.kill)
+            assert client.stdout
+            assert client.stdout.readline() == "loading\n"
+        yield
+
+
 async def timed_call(call: Callable[[], object], repeat: int) -> list[float]:
     times = []
     for _ in range(repeat):
@@ -51,7 +94,7 @@ async def timed_call(call: Callable[[], object], repeat: int) -> list[float]:
     return times
 
 
-async def control(client: StoreClient, keys: list[BlockKey]) -> list[Row]:
+async def control(client: StoreClient, keys: list[BlockKey], when: str) -> list[Row]:
     acquires, acquire_lookups = [], []
     for _ in range(60):
         begun_s = time.perf_counter()
@@ -63,9 +106,15 @@ async def control(client: StoreClient, keys: list[BlockKey]) -> list[Row]:
     lookups_per_s = NUM_BLOCKS / statistics.median(acquire_lookups)
     acquire_s = statistics.median(acquires)
     return [
-        ("store: acquire 512 blocks, p50", acquire_s * 1e3, "ms", "<= 5", acquire_s <= 5e-3),
-        ("store: block lookups, 512 to a call", lookups_per_s, "/s", ">= 100k", lookups_per_s >= 100e3),
+        (f"store: acquire 512 blocks{when}, p50", acquire_s * 1e3, "ms", "<= 5", acquire_s <= 5e-3),
+        (f"store: block lookups{when}, 512 to a call", lookups_per_s, "/s", ">= 100k", lookups_per_s >= 100e3),
     ]
+
+
+def private_memory(num_pages: int, page_bytes: int) -> Buffer:
+    """Aligned, and in small pages of the system, as a rank's pages are on the CPU. numpy would ask for huge ones, which shared memory
+    does not get unless the system is told so; they alone make a copy 1.4 times as fast."""
+    return np.frombuffer(mmap.mmap(-1, num_pages * page_bytes), np.uint8).reshape(num_pages, page_bytes)
 
 
 def copies(attached: Attached, offsets: list[int]) -> list[Row]:
@@ -75,8 +124,8 @@ def copies(attached: Attached, offsets: list[int]) -> list[Row]:
         arena = mmap.mmap(file.fileno(), attached.arena_bytes)
     words = np.frombuffer(arena, np.uint64, attached.data_offset // 8)
     data = np.frombuffer(arena, np.uint8, offset=attached.data_offset)
-    pages: Buffer = np.random.default_rng(0).integers(0, 256, (NUM_BLOCKS, size), np.uint8)
-    other: Buffer = np.zeros_like(pages)
+    pages, other = private_memory(NUM_BLOCKS, size), private_memory(NUM_BLOCKS, size)
+    pages[:] = np.random.default_rng(0).integers(0, 256, (NUM_BLOCKS, size), np.uint8)
 
     def around(offset: int, target: Buffer, source: Buffer) -> None:
         before = int(words[offset >> 12])
@@ -136,7 +185,11 @@ async def run(address: str, secret: str, process: tuple[int, int]) -> list[Row]:
         begun_s = time.perf_counter()
         await client.commit(reserved.lease_id, blocks)
         commit_s = time.perf_counter() - begun_s
-        rows = await control(client, keys) + rows
+        rows = await control(client, keys, "") + rows
+        kept = await client.acquire(keys, 600.0)
+        with load(address, NUM_LOAD_CLIENTS):
+            rows += await control(client, keys, f" beside {NUM_LOAD_CLIENTS} busy clients")
+        await client.release([kept.lease_id])
         rows.append(("store: reserve 512 blocks", reserve_s * 1e3, "ms", "printed", True))
         rows.append(("store: commit 512 blocks of 8 parts", commit_s * 1e3, "ms", "printed", True))
         assert await client.check() == []

@@ -175,13 +175,8 @@ def shm() -> Iterator[Path]:
 
 
 def config_in(directory: Path, num_slots: int = 64, **settings: object) -> StoreConfig:
-    return StoreConfig(
-        memory_bytes=num_slots * SLOT_BYTES,
-        extent_bytes=16 * SLOT_BYTES,
-        directory=str(directory),
-        secret=SECRET,
-        **settings,  # type: ignore[arg-type]
-    )
+    fields = {"extent_bytes": 16 * SLOT_BYTES, "directory": str(directory), "secret": SECRET, **settings}
+    return StoreConfig(memory_bytes=num_slots * SLOT_BYTES, **fields)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import socket
+import urllib.request
 from array import array
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from cache_store.client import ClaimOutcome, CommitOutcome, ReserveOutcome, StoreClient
+from cache_store.client import ClaimOutcome, CommitOutcome, MissReason, ReserveOutcome, StoreClient
 from cache_store.errors import ArenaTooSmall, LayoutMismatch, StoreRefused, StoreUnavailable
 from cache_store.process import StoreProcess
 from cache_store.processes import ProcessIdentity, process_identity
@@ -44,8 +47,8 @@ async def test_a_block_from_reserve_to_acquire(client: StoreClient, idle_child: 
     assert attached.slot_bytes == SLOT_BYTES
     assert os.stat(attached.arena_path).st_size == attached.arena_bytes
     keys = chain("a", 3)
-    assert (await client.lookup(keys)) == (0, [])
-    assert (await client.acquire(keys, 1.0)) == (0, [], [])
+    assert (await client.lookup(keys)) == (0, [], 0, MissReason.COLD)
+    assert (await client.acquire(keys, 1.0)) == (0, [], [], None)
     reserved = await client.reserve(keys, parents_of(keys), 60.0, [True, False, False])
     assert [slot.outcome for slot in reserved.slots] == [ReserveOutcome.RESERVED] * 3
     blocks = [(each, [1, 0], sums(depth, 100 + depth)) for depth, each in enumerate(keys)]
@@ -209,3 +212,51 @@ async def test_two_stores_share_a_directory_but_not_an_address(store_process: Ca
         StoreProcess(dataclasses.replace(config_in(shm), address=first.address)).start(30.0)
     async with connect(first) as client:
         assert await client.check() == []
+
+
+async def test_pins_over_the_wire(client: StoreClient, idle_child: Callable[[], Child]) -> None:
+    await client.attach(LAYOUT, [idle_child().identity], "engine")
+    keys = chain("a", 20)
+    await put(client, keys)
+    pinned = await client.pin("tenant", [*keys[:4], key("none")], 60.0)
+    assert (pinned.num_blocks, pinned.num_bytes, pinned.over_quota) == (4, 4 * SLOT_BYTES, False)
+    assert (await client.pin("tenant", keys, 60.0))[1:] == (12, 12 * SLOT_BYTES, True)  # a quarter of 64 slots for one owner
+    assert await client.pin("tenant", keys, 60.0) == (0, 0, 0, True)
+    assert (await client.pin("other", [key("none")], 60.0)).pin_id == 0
+    with pytest.raises(ValueError, match="owner"):
+        await client.pin("", keys, 60.0)
+    await client.detach()
+    listed = await client.list_pins("tenant")
+    assert [(pin.pin_id > 0, pin.owner, pin.num_blocks) for pin in listed] == [(True, "tenant", 4), (True, "tenant", 12)]
+    assert all(0 < pin.remaining_s <= 60.0 for pin in listed)
+    assert await client.list_pins("other") == []
+    assert await client.unpin("other", [pinned.pin_id]) == 0
+    assert await client.unpin("tenant", [pinned.pin_id]) == 1
+    assert [pin.num_blocks for pin in await client.list_pins()] == [12]
+    assert (await client.stat()).kept_bytes == 12 * SLOT_BYTES
+    assert await client.check() == []
+
+
+async def test_metrics_over_the_wire_and_over_http(store_process: Callable[..., StoreProcess], idle_child: Callable[[], Child]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    async with connect(store_process(num_slots=16, metrics_address=f"127.0.0.1:{port}")) as client:
+        await client.attach(LAYOUT, [idle_child().identity], "engine")
+        for number in range(8):
+            await put(client, chain(number, 4))
+        await client.lookup([*chain(7, 4), key("none")])
+        await client.lookup(chain(0, 4))
+        acquired = await client.acquire(chain(7, 4), 60.0)
+        text = await client.metrics()
+        over_http = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5.0).read().decode())
+        samples = {
+            f"{s.name}{sorted(s.labels.values())}": s.value for family in text_string_to_metric_families(text) for s in family.samples
+        }
+        assert samples["mobula_store_hit_blocks_total['dram']"] == 4
+        assert samples["mobula_store_missed_blocks_total['cold']"] == 1
+        assert samples["mobula_store_missed_blocks_total['evicted']"] == 4
+        assert samples["mobula_store_evicted_blocks_total['dram']"] == samples["mobula_store_age_at_eviction_seconds_count[]"] == 16
+        assert samples["mobula_store_leases[]"] == 1
+        assert samples["mobula_store_used_bytes['dram']"] == 16 * SLOT_BYTES
+        assert set(text.splitlines()) - set(over_http.splitlines()) == set()
+        await client.release([acquired.lease_id])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cache_store.checksums import part_checksums
 from cache_store.config import GRANULE_BYTES, StoreConfig
 from cache_store.tiers.base import TIERS, Tier, TierBlock, open_tier
 
@@ -21,13 +22,21 @@ def name(text: str) -> bytes:
 
 def block(key: str, parent: str | None = None, *, layout: bytes = LAYOUT, num_bytes: int = GRANULE_BYTES, seed: int = 0) -> TierBlock:
     data = random.Random(f"{key} {seed}").randbytes(num_bytes)
-    return TierBlock(name(key), None if parent is None else name(parent), layout, bytes(range(16)), data)
+    return TierBlock(name(key), None if parent is None else name(parent), layout, part_checksums(data, 2), data)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> StoreConfig:
+    num_bytes = NUM_SLOTS * GRANULE_BYTES
+    (tmp_path / "memory").mkdir()
     return StoreConfig(
-        memory_bytes=NUM_SLOTS * GRANULE_BYTES, extent_bytes=NUM_SLOTS * GRANULE_BYTES, secret="x", directory=str(tmp_path), eviction="lru"
+        memory_bytes=num_bytes,
+        extent_bytes=num_bytes,
+        secret="x",
+        directory=str(tmp_path / "memory"),
+        eviction="lru",
+        disk_bytes=num_bytes,
+        disk_directory=str(tmp_path / "disk"),
     )
 
 
