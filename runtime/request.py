@@ -58,9 +58,8 @@ class CachedTokens(NamedTuple):
 class NotReused(enum.StrEnum):
     """Why a prompt token was computed, as far as the replica that computed it knows."""
 
-    COLD = "cold"  # neither this replica (lately) nor its store has seen the block
-    EVICTED = "evicted"  # this replica has held the block, and neither its pages nor the store do any more; of blocks that
-    # only others have held it knows nothing: those count as cold
+    COLD = "cold"  # neither this replica nor its store has seen the block lately
+    EVICTED = "evicted"  # this replica or its store has held the block lately, and neither its pages nor the store do any more
     OTHER_NAMESPACE = "other_namespace"  # the prompt's first block was seen here under another tenant or salt only; how far the prompts
     # agree behind it is not looked at
     PARTIAL_BLOCK = "partial_block"  # behind the last full block; the last prompt token always is

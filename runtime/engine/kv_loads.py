@@ -35,7 +35,7 @@ from runtime.engine.block_manager import BlockManager, Published
 from runtime.engine.claims import FlightClaims
 from runtime.engine.config import EngineConfig
 from runtime.engine.leases import Leases
-from runtime.engine.live import LiveRequest, LoadGate, Phase
+from runtime.engine.live import LiveRequest, LoadGate, Phase, StoreVerdict
 from runtime.engine.load_state import Job, LoadPhase, Wait
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.store_port import Acquire, Lookup, StoreAnswer, StorePort, StoreState
@@ -191,11 +191,13 @@ class KvLoads:
             self._over(wait, now_s, store_failed=True)
             return
         wait.num_found += found.num_blocks
+        num_cheaper = found.num_cheaper_to_compute
+        wait.request.store_verdict = StoreVerdict(wait.num_found, num_cheaper, found.miss_reason == "evicted")
         if wait.flight_ends_s < math.inf:
             self.num_awaited += found.num_blocks
         missing = self._reusable_keys(wait.request)[wait.num_found :]
         limit_s = self._config.single_flight_limit_s(len(missing) * self._blocks.block_size)
-        ticket = self.claims.ask(missing, 2 * limit_s) if missing and limit_s else None
+        ticket = self.claims.ask(missing, 2 * limit_s) if missing and limit_s and not num_cheaper else None
         if ticket is None:
             wait.is_behind = False
             self._go_on(wait, now_s)
@@ -285,6 +287,7 @@ class KvLoads:
         if acquired is None or job.wait is None:
             self._finish(job, now_s)
             return
+        job.is_late = acquired.shortfall in ("late", "no_space")
         job.tiers = [tier for tier, count in acquired.tier_runs for _ in range(count)]
         for slot, key in zip(acquired.slots, job.keys, strict=False):
             if blocks.page_of(key) is not None:
@@ -331,8 +334,8 @@ class KvLoads:
             request.held_pages.extend(self._blocks.pin_published(keys[: self._blocks.match(keys)]))
         if num_good == len(job.keys):
             wait.phase = LoadPhase.FOUND  # perhaps there is more
-        else:  # a copy that failed; or else blocks were evicted since they were found
-            self._over(wait, now_s, store_failed=num_good < len(job.good))
+        else:  # a copy that failed, a tier that is slow or full; or else blocks were evicted since they were found
+            self._over(wait, now_s, store_failed=num_good < len(job.good) or job.is_late)
 
     def _over(self, wait: Wait, now_s: float, *, store_failed: bool = False) -> None:
         """The request waits for the store no longer."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cache_store.keys import BlockKey, block_key
 from runtime.request import CachedTokens, Receipt
@@ -57,6 +58,14 @@ class LoadGate(enum.Enum):
     NO_ROOM = "no room"  # its load starts once pages are free: nobody may overtake
 
 
+class StoreVerdict(NamedTuple):
+    """What the store said of the blocks that it did not offer."""
+
+    first: int  # index of the first of them
+    num_cheaper: int  # of the leading ones, which it has
+    is_evicted: bool  # whether it has had the one behind those
+
+
 class LiveRequest:
     """One request from arrival to end.
 
@@ -94,6 +103,7 @@ class LiveRequest:
         "root",
         "row_id",
         "store_failed",
+        "store_verdict",
         "store_wait_s",
         "tokens",
         "waits_for",
@@ -134,6 +144,7 @@ class LiveRequest:
         self.held_pages: list[int] = []  # pinned while waiting for admission; kv_loads, ended by the scheduler
         self.store_wait_s = 0.0  # kv_loads
         self.store_failed = False  # it could not say or deliver what it has of the prefix; kv_loads
+        self.store_verdict: StoreVerdict | None = None  # of the latest lookup; kv_loads
         self.bytes_loaded = 0  # of blocks read for this request; kv_loads
 
     @property

@@ -44,3 +44,4 @@ class Job:
     tiers: list[str] = field(default_factory=list)
     good: list[bool] = field(default_factory=list)
     num_open: int = 0  # copies without an answer
+    is_late: bool = False  # the store has more of it, but could not bring it in time, or had no room for it

@@ -58,11 +58,9 @@ def make_receipt(request: LiveRequest, num_hits: int, blocks: BlockManager, firs
     if not num_hits and first_blocks.is_only_elsewhere(first, request.root):
         fallback = NotReused.OTHER_NAMESPACE
     for index in range(num_hits, min(num_reusable, -(-num_prompt // size))):
-        reason = fallback
-        if request.store_failed:
-            reason = NotReused.STORE_UNAVAILABLE
-        elif blocks.was_evicted(request.keys[index]):
-            reason = NotReused.EVICTED
+        reason = _store_reason(request, index)
+        if reason is None:
+            reason = NotReused.EVICTED if blocks.was_evicted(request.keys[index]) else fallback
         reasons[reason.value] += min(size, num_prompt - index * size)
     num_scored = max(0, (num_prompt - 1) // size - max(num_reusable, num_hits)) * size
     if num_scored:
@@ -73,3 +71,15 @@ def make_receipt(request: LiveRequest, num_hits: int, blocks: BlockManager, firs
     if len(request.tokens) >= size:
         first_blocks.note(first, request.root)
     return Receipt(num_computed, request.bytes_loaded, dict(reasons))
+
+
+def _store_reason(request: LiveRequest, index: int) -> NotReused | None:
+    """Why the store did not give this block; None where it does not know it. What it says of an evicted block holds for those behind."""
+    verdict = request.store_verdict
+    if verdict is not None and verdict.first <= index < verdict.first + verdict.num_cheaper:
+        return NotReused.CHEAPER_TO_COMPUTE
+    if request.store_failed:
+        return NotReused.STORE_UNAVAILABLE
+    if verdict is not None and (verdict.is_evicted or index < verdict.first):  # offered, and gone when it was asked for
+        return NotReused.EVICTED
+    return None

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from engine_parts import BLOCK_SIZE, ROOT, Bench, ScriptedPort
 
+from cache_store.accesses import MissReason
 from cache_store.client import Acquired, ClaimOutcome, Found, Slot
 from cache_store.keys import chain_keys
 from runtime.engine.kv_loads import KvLoads
@@ -490,3 +491,41 @@ def test_a_lost_store_forgets_claims() -> None:
     assert bench.loads.claims.num_blocks == 0
     bench.loads.ended(live)
     bench.settled()
+
+
+def reasons(live: LiveRequest) -> dict[str, int]:
+    assert live.receipt is not None
+    return live.receipt.not_reused
+
+
+def test_what_is_cheaper_to_compute_is_neither_claimed_nor_waited_for() -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.answer(Lookup, Found(1, [("dram", 1)], 2, MissReason.CHEAPER_TO_COMPUTE))
+    assert bench.claims == []
+    bench.grant(1)
+    bench.finish_copies()
+    bench.plan()
+    assert reasons(live) == {"cheaper_to_compute": 8, "cold": 4, "partial_block": 2}
+
+
+def test_the_store_says_what_it_has_evicted() -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.answer(Lookup, Found(0, [], 0, MissReason.EVICTED))
+    bench.plan()
+    assert reasons(live) == {"evicted": 16, "partial_block": 2}
+
+
+@pytest.mark.parametrize(
+    ("shortfall", "expected"),
+    [(MissReason.LATE, "store_unavailable"), (MissReason.NO_SPACE, "store_unavailable"), (MissReason.LOST, "evicted")],
+)
+def test_what_was_offered_and_did_not_come(shortfall: MissReason, expected: str) -> None:
+    bench = LoadBench()
+    live = bench.arrive()
+    bench.answer(Lookup, Found(4, [("disk", 4)]))
+    bench.answer(Acquire, Acquired(5, [Slot(0, 7, b"sum")], [("disk", 1)], shortfall))
+    bench.finish_copies()
+    bench.plan()
+    assert reasons(live) == {expected: 12, "partial_block": 2}
