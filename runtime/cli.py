@@ -70,6 +70,7 @@ def serve(
         typer.Option("--served-model-name", help="Name that requests use; several with commas or by repeating it."),
     ] = None,
     metrics_port: Annotated[MaybeInt, typer.Option("--metrics-port", help="Prometheus endpoint on --host; 0 picks a port.")] = None,
+    store_metrics_port: Annotated[MaybeInt, typer.Option("--store-metrics-port", help="Prometheus endpoint of every node's store.")] = None,
     api_keys: Annotated[MaybeStr, typer.Option("--api-keys", help='TOML file with a line tenant = "key" for each tenant.')] = None,
     kv_memory: KvMemory = None,
     store_memory: StoreMemory = None,

@@ -46,7 +46,8 @@ class ServeSettings:
     disk_directory: str = ""  # where it lies; empty: under the user's cache directory. One store at a time uses it
     host: str = "127.0.0.1"
     port: int = 50051  # 0 picks one
-    metrics_port: int | None = None  # of the Prometheus endpoint; None: none, 0 picks one
+    metrics_port: int | None = None  # of the front door's Prometheus endpoint; None: none, 0 picks one
+    store_metrics_port: int | None = None  # of the store's, the same on every node; None: none
     api_keys: ApiKeys = ()  # written as the name of a file; none: callers are not told apart
     dtype: str = "auto"
     load_format: str = "auto"  # "auto" and "safetensors" read the checkpoint; "dummy" makes weights up
@@ -68,6 +69,8 @@ class ServeSettings:
                 raise DeploymentError(f"{flag_of(name)} must be at least {low}, not {getattr(self, name)}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
             raise DeploymentError(f"--metrics-port must be a port or 0, not {self.metrics_port}")
+        if self.store_metrics_port is not None and not 0 < self.store_metrics_port < 1 << 16:
+            raise DeploymentError(f"--store-metrics-port must be a port, not {self.store_metrics_port}")
         if self.disk_memory and not self.store_memory:
             raise DeploymentError("--disk-memory needs --store-memory: blocks come back from disk through the store's memory")
         if self.load_format not in ("auto", "safetensors", "dummy"):
@@ -90,6 +93,7 @@ class ServeSettings:
             memory_bytes=self.store_memory,
             secret=secret,
             peer_address="127.0.0.1:0" if self.is_local else "0.0.0.0:0",
+            metrics_address=f"{self.host}:{self.store_metrics_port}" if self.store_metrics_port else "",
             disk_bytes=self.disk_memory,
             disk_directory=self.disk_directory or default_disk_directory() if self.disk_memory else "",
         )

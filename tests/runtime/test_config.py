@@ -58,6 +58,7 @@ def test_names_and_keys_from_a_file_and_the_environment(tmp_path: Path) -> None:
         ({"served_model_name": [""]}, {}, "", "--served-model-name"),
         ({"api_keys": "/nowhere/keys.toml"}, {}, "", "--api-keys: /nowhere/keys.toml"),
         ({"metrics_port": 70_000}, {}, "", "--metrics-port"),
+        ({"store_metrics_port": 0}, {}, "", "--store-metrics-port"),
         ({"deployment": "A b"}, {}, "", "--deployment"),
         ({}, {}, "no_such = 1", "no_such"),
         ({}, {}, "= broken", "--config"),
