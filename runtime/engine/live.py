@@ -12,7 +12,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from cache_store.keys import BlockKey, block_key
-from runtime.request import CachedTokens, Receipt
+from runtime.request import CachedTokens, PinOutcome, Receipt
 from workers.step import SamplingSettings, StepRow
 
 RequestKey = tuple[int, str]  # (stream, request id): ids are scoped by the front door's stream
@@ -32,6 +32,7 @@ class EngineRequest:
     cache_salt: str = ""
     deadline_s: float | None = None  # CLOCK_MONOTONIC
     output: array[int] = field(default_factory=lambda: array("I"))
+    pin_ttl_s: float = 0.0  # how long the store is to keep the prompt's full blocks; 0: no longer than others
 
     @property
     def key(self) -> RequestKey:
@@ -88,6 +89,7 @@ class LiveRequest:
         "num_published",
         "pages",
         "phase",
+        "pin",
         "plan_limit",
         "receipt",
         "request",
@@ -135,6 +137,7 @@ class LiveRequest:
         self.store_wait_s = 0.0  # kv_loads
         self.store_failed = False  # it could not say or deliver what it has of the prefix; kv_loads
         self.bytes_loaded = 0  # of blocks read for this request; kv_loads
+        self.pin: PinOutcome | None = None  # where one was asked for; kv_pins
 
     @property
     def key(self) -> RequestKey:
