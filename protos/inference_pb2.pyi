@@ -20,6 +20,7 @@ class PinOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PIN_TAKEN: _ClassVar[PinOutcome]
     PIN_NO_STORE: _ClassVar[PinOutcome]
     PIN_TOO_MANY: _ClassVar[PinOutcome]
+    PIN_TOO_SHORT: _ClassVar[PinOutcome]
 
 class AbortOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -34,6 +35,7 @@ PIN_OUTCOME_UNSPECIFIED: PinOutcome
 PIN_TAKEN: PinOutcome
 PIN_NO_STORE: PinOutcome
 PIN_TOO_MANY: PinOutcome
+PIN_TOO_SHORT: PinOutcome
 ABORT_OUTCOME_UNSPECIFIED: AbortOutcome
 ABORTED: AbortOutcome
 UNKNOWN_REQUEST: AbortOutcome

@@ -93,7 +93,8 @@ class PinOutcome(enum.StrEnum):
 
     TAKEN = "taken"  # the store is asked for it once it has the blocks
     NO_STORE = "no_store"
-    TOO_MANY = "too_many"
+    TOO_MANY = "too_many"  # wishes are under way
+    TOO_SHORT = "too_short"  # the prompt has no full block
 
 
 def pin_owner(tenant: str) -> str:
