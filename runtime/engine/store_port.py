@@ -91,7 +91,9 @@ Question = Lookup | Claim | Acquire | Reserve | Commit | Release | Pin
 
 class StoreAnswer(NamedTuple):
     ticket: int
-    reply: Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int | PinReply | None  # None: the store could not be asked
+    reply: (
+        Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int | PinReply | None
+    )  # None: the store could not be asked
 
 
 class StoreReady(NamedTuple):
