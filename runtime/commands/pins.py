@@ -86,8 +86,9 @@ def _fields(pin: pb.Pin) -> dict[str, object]:
 
 def _table(pins: Sequence[pb.Pin]) -> Table:
     table = Table(title="pins")
-    for column in ("pin", "blocks", "MiB", "ends in"):
-        table.add_column(column, justify="left" if column == "pin" else "right", overflow="fold")
+    table.add_column("pin", no_wrap=True)  # to be copied
+    for column in ("blocks", "MiB", "ends in"):
+        table.add_column(column, justify="right")
     for pin in pins:
         table.add_row(pin.pin_id, str(pin.num_blocks), f"{pin.num_bytes / (1 << 20):.1f}", f"{pin.remaining_s:.0f} s")
     return table

@@ -70,6 +70,8 @@ METHODS = {
     "Tokenize": messages(pb.TokenizeRequest),
     "Detokenize": messages(pb.DetokenizeRequest),
     "Abort": messages(pb.AbortRequest),
+    "ListPins": messages(pb.ListPinsRequest),
+    "Unpin": messages(pb.UnpinRequest),
 }
 
 
