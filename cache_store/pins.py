@@ -26,6 +26,14 @@ class Pins:
         self._owned_bytes: dict[str, int] = {}
         self._ids = itertools.count(1)
 
+    def __len__(self) -> int:
+        return len(self._pins)
+
+    @property
+    def num_blocks(self) -> int:
+        """That are kept, once for each pin."""
+        return sum(len(pin.loan.blocks) for pin in self._pins.values())
+
     def add(self, owner: str, blocks: Sequence[Block], ttl_s: float) -> Pin | None:
         """Keeps as many of the leading blocks as the quotas allow, for at most `ttl_s`. None when that is none at all.
 

@@ -327,7 +327,7 @@ class ReplicaStatus(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_pages: _Optional[int] = ..., used_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ..., blocks_pending_offer: _Optional[int] = ..., leased_slots: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., step_age_s: _Optional[float] = ...) -> None: ...
 
 class StoreStatus(_message.Message):
-    __slots__ = ("node_id", "state", "blocks", "used_bytes", "total_bytes", "leased_slots", "quarantined_slots", "hits", "misses", "evictions", "disk_blocks", "disk_bytes", "disk_total_bytes", "num_peers", "pinned_bytes")
+    __slots__ = ("node_id", "state", "blocks", "used_bytes", "total_bytes", "leased_slots", "quarantined_slots", "hits", "misses", "evictions", "disk_blocks", "disk_bytes", "disk_total_bytes", "num_peers", "pinned_bytes", "num_pins")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -343,6 +343,7 @@ class StoreStatus(_message.Message):
     DISK_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_PEERS_FIELD_NUMBER: _ClassVar[int]
     PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PINS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     state: str
     blocks: int
@@ -358,7 +359,8 @@ class StoreStatus(_message.Message):
     disk_total_bytes: int
     num_peers: int
     pinned_bytes: int
-    def __init__(self, node_id: _Optional[str] = ..., state: _Optional[str] = ..., blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., leased_slots: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ..., num_peers: _Optional[int] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
+    num_pins: int
+    def __init__(self, node_id: _Optional[str] = ..., state: _Optional[str] = ..., blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., leased_slots: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ..., num_peers: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., num_pins: _Optional[int] = ...) -> None: ...
 
 class FrontDoorStatus(_message.Message):
     __slots__ = ("live_requests", "reserved_requests", "reserved_tokens", "metrics_address")

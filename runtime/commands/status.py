@@ -94,6 +94,7 @@ def _store_table(answer: pb.GetStatusResponse) -> Table:
         "evictions": [row.evictions for row in rows],
     }
     if any(row.pinned_bytes for row in rows):
+        columns["pins"] = [row.num_pins for row in rows]
         columns["MiB pinned"] = [round(row.pinned_bytes / (1 << 20), 1) for row in rows]
     if any(row.disk_total_bytes for row in rows):
         columns["blocks on disk"] = [row.disk_blocks for row in rows]

@@ -68,8 +68,8 @@ class StatusReporter:
             status.state = LOST
             return status
         status.blocks, status.used_bytes, status.total_bytes = stat.blocks, stat.used_bytes, stat.total_bytes
-        status.leased_slots, status.quarantined_slots = stat.pinned_blocks + stat.held_slots, stat.quarantined_slots
+        status.leased_slots, status.quarantined_slots = stat.leased_blocks + stat.held_slots, stat.quarantined_slots
         status.hits, status.misses, status.evictions = stat.hit_blocks, stat.missed_blocks, stat.evicted_blocks
         status.disk_blocks, status.disk_bytes, status.disk_total_bytes = stat.disk_blocks, stat.disk_bytes, stat.disk_total_bytes
-        status.num_peers, status.pinned_bytes = stat.num_peers, stat.kept_bytes
+        status.num_peers, status.num_pins, status.pinned_bytes = stat.num_peers, stat.num_pins, stat.kept_bytes
         return status

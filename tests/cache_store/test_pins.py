@@ -104,7 +104,12 @@ def test_asking_again_renews_a_pin_and_a_longer_prefix_takes_it_in(kit_of_ten: K
     longer = keep(kit, "a", keys, 90.0)
     assert longer
     assert [pin.pin_id for pin in kit.store.pins.of("")] == [other.pin_id, longer.pin_id]
-    assert kit.store.stat().kept_bytes == 4 * SLOT_BYTES
+    stat = kit.store.stat()
+    assert (stat.kept_bytes, stat.num_pins, stat.pinned_blocks, stat.leased_blocks) == (4 * SLOT_BYTES, 2, 3, 0)
+    lease_id = kit.store.acquire(session, keys[:2], 60.0).lease_id
+    assert kit.store.stat().leased_blocks == 2
+    kit.store.release(session, [lease_id])
+    assert kit.store.stat().leased_blocks == 0
     brief = keep(kit, "c", keys[:1], 20.0)
     assert brief
     assert kit.store.check() == []

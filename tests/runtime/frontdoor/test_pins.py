@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,29 +47,38 @@ class Pinned(NamedTuple):
 
     async def await_pins(self, tenant: str, count: int) -> list[pb.Pin]:
         async with asyncio.timeout(10):
-            while len(pins := (await self.listed(tenant)).pins) != count:
+            while True:
+                pins = list((await self.listed(tenant)).pins)
+                if len(pins) == count:
+                    return pins
                 await asyncio.sleep(0.005)
-        return list(pins)
 
     def unpin(self, tenant: str, *pin_ids: str, everything: bool = False) -> Any:
         return self.setup.stub.Unpin(pb.UnpinRequest(pin_ids=pin_ids, all=everything), timeout=5, metadata=bearer(KEYS[tenant]))
 
 
 @pytest.fixture
-async def pinned(folder: Path, tmp_path: Path) -> AsyncIterator[Pinned]:
+def rank() -> Iterator[tuple[int, int]]:
+    """A process that may be registered with a store, and killed by it."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process_identity(process.pid)
+        process.kill()
+
+
+@pytest.fixture
+async def pinned(folder: Path, tmp_path: Path, rank: tuple[int, int]) -> AsyncIterator[Pinned]:
     key_file = tmp_path / "keys.toml"
     key_file.write_text("".join(f'{tenant} = "{key}"\n' for tenant, key in KEYS.items()))
     config = StoreConfig(memory_bytes=1 << 20, extent_bytes=1 << 20, secret=SECRET, directory=str(tmp_path))
-    with subprocess.Popen(["sleep", "600"]) as rank, StoreProcess(config) as store:
+    with StoreProcess(config) as store:
         address = await asyncio.to_thread(store.start)
         with RemoteStore(address, SECRET, "r0", probe_every_s=0.1) as remote:
-            info = make_info(60, max_model_len=MAX_LEN)._replace(pids=[process_identity(rank.pid)])
+            info = make_info(60, max_model_len=MAX_LEN)._replace(pids=[rank])
             engine = RealEngine(store=remote, group=RealStoreGroup(info), secret=SECRET)
             async with running(folder, [engine], api_keys=read_api_keys(key_file), secret=SECRET) as setup:  # type: ignore[list-item]
                 member = StoreMember("n0", address)
                 await setup.door.set_membership(membership(2, *setup.engines)._replace(stores=(member,)))
                 yield Pinned(setup, member)
-        rank.kill()
 
 
 async def test_tenants_pin_see_and_unpin_their_own(pinned: Pinned) -> None:
@@ -84,6 +93,7 @@ async def test_tenants_pin_see_and_unpin_their_own(pinned: Pinned) -> None:
     (green,) = await pinned.await_pins("green", 1)
     assert green.pin_id != blue.pin_id
     (status,) = (await pinned.setup.stub.GetStatus(pb.GetStatusRequest(), timeout=5, metadata=bearer(KEYS["blue"]))).stores
+    assert (status.num_pins, status.leased_slots) == (2, 0)
     assert status.pinned_bytes == blue.num_bytes + green.num_bytes > 0
     answer = await pinned.unpin("green", blue.pin_id, "n0:999999", "elsewhere:1")
     assert (answer.num_unpinned, answer.unreachable_nodes) == (0, [])
