@@ -215,7 +215,11 @@ class StoreClient:
     async def pin(self, owner: str, keys: Sequence[bytes], ttl_s: float, max_wait_s: float = 0.0) -> PinReply:
         """Asks for the leading keys to be kept for `ttl_s`, on the owner's account. They are evicted last; the session may end before."""
         request = pb.PinRequest(
-            session_id=self._session(), owner=owner, keys=join_keys(keys), ttl_ms=round(1000 * ttl_s), max_wait_ms=self._wait_ms(max_wait_s)
+            session_id=self._session(),
+            owner=owner,
+            keys=join_keys(keys),
+            ttl_ms=_milliseconds(ttl_s),
+            max_wait_ms=self._wait_ms(max_wait_s),
         )
         reply: pb.PinResponse = await self._call(self._stub.Pin, request)
         return PinReply(reply.pin_id, reply.num_blocks, reply.num_bytes, reply.over_quota)
@@ -290,7 +294,7 @@ def _translated(error: grpc.aio.AioRpcError, address: str) -> Exception:
 
 
 def _milliseconds(ttl_s: float) -> int:
-    return min(max(1, round(1000 * ttl_s)), _MAX_TTL_MS)
+    return max(1, round(min(1000 * ttl_s, _MAX_TTL_MS)))
 
 
 def _runs(pairs: Sequence[int]) -> list[tuple[str, int]]:

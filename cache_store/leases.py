@@ -36,6 +36,11 @@ class Session:
     copy_bytes_per_s: float = 0.0  # from the arena into its pages, likewise
     quarantined: list[Block] = field(default_factory=list)  # once it has ended: what its processes may still write to
 
+    @property
+    def num_read(self) -> int:
+        """Blocks under its read leases, once for each."""
+        return sum(len(lease.blocks) for lease in self.reads.values())
+
 
 @dataclass(slots=True, eq=False)
 class ReadLease:

@@ -118,6 +118,7 @@ def _leases(node: StoreNode) -> Iterable[Metric]:
     stat = node.stat()
     slots = {"used": stat.used_slots, "free": stat.free_slots, "held": stat.held_slots, "quarantined": stat.quarantined_slots}
     yield _gauge("slots", "Slots by state; quarantined ones are among the held.", "state", slots)
+    yield _gauge("pins", "Prefixes that are kept for somebody.", "", {"": stat.num_pins})
     yield _gauge("pinned_blocks", "Blocks that may not be evicted now.", "", {"": stat.pinned_blocks})
     yield _gauge("kept_bytes", "Bytes kept by pins of owners.", "", {"": stat.kept_bytes})
     yield _gauge("leases", "Read and write leases of clients.", "", {"": stat.leases})

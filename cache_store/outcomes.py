@@ -87,3 +87,5 @@ class StoreStat(NamedTuple):
     disk_bytes: int = 0
     disk_total_bytes: int = 0
     num_peers: int = 0
+    leased_blocks: int = 0
+    num_pins: int = 0

@@ -16,7 +16,8 @@ from cache_store.tiers.dram import DramTier
 
 
 class Pins:
-    """Runs on the store's thread. A block that several pins keep counts for each of them: none can be moved onto another's account."""
+    """Runs on the store's thread. A block that several pins keep counts for each of them: none can be moved onto another's account, or
+    outlive the pin that it is counted for."""
 
     def __init__(self, config: StoreConfig, tier: DramTier, errands: Errands, deadlines: Deadlines, clock: Callable[[], float]) -> None:
         self.total_bytes = 0
@@ -25,9 +26,22 @@ class Pins:
         self._owned_bytes: dict[str, int] = {}
         self._ids = itertools.count(1)
 
+    def __len__(self) -> int:
+        return len(self._pins)
+
+    @property
+    def num_blocks(self) -> int:
+        """That are kept, once for each pin."""
+        return sum(len(pin.loan.blocks) for pin in self._pins.values())
+
     def add(self, owner: str, blocks: Sequence[Block], ttl_s: float) -> Pin | None:
-        """Keeps as many of the leading blocks as the quotas allow, for at most `ttl_s`. None when that is none at all."""
-        room = self._room(owner)
+        """Keeps as many of the leading blocks as the quotas allow, for at most `ttl_s`. None when that is none at all.
+
+        An owner's pins of the same prefix, or of a part of it that would end no later, become one: asking again renews a pin.
+        """
+        deadline_s = self._clock() + min(max(ttl_s, 0.0), self._config.max_pin_ttl_s)
+        covered = self._covered(owner, blocks, deadline_s)
+        room = self._room(owner) + sum(pin.num_bytes for pin in covered)
         kept: list[Block] = []
         num_bytes = 0
         for block in blocks:
@@ -35,14 +49,18 @@ class Pins:
                 break
             num_bytes += block.num_bytes
             kept.append(block)
-        if not kept or len(self._pins) >= self._config.max_pins:
+        if not kept or len(self._pins) - len(covered) >= self._config.max_pins:
             return None
-        deadline_s = self._clock() + min(max(ttl_s, 0.0), self._config.max_pin_ttl_s)
-        pin = Pin(next(self._ids), owner, self._errands.lend(kept), num_bytes, deadline_s)
+        loan = self._errands.lend(kept)  # before others end: its blocks are never without a pin
+        same = next((pin for pin in covered if pin.loan.blocks == kept), None)
+        for pin in covered:
+            self.end(pin)
+        pin_id = same.pin_id if same else next(self._ids)
+        pin = Pin(pin_id, owner, loan, num_bytes, max(deadline_s, same.deadline_s) if same else deadline_s)
         self._pins[pin.pin_id] = pin
         self.total_bytes += num_bytes
         self._owned_bytes[owner] = self._owned_bytes.get(owner, 0) + num_bytes
-        self._deadlines.add(deadline_s, pin)
+        self._deadlines.add(pin.deadline_s, pin)
         return pin
 
     def remove(self, owner: str, pin_ids: Sequence[int]) -> int:
@@ -80,6 +98,16 @@ class Pins:
         if sum(pin.num_bytes for pin in self._pins.values()) != self.total_bytes or sum(self._owned_bytes.values()) != self.total_bytes:
             problems.append(f"the pins do not add up to {self.total_bytes} bytes")
         return problems
+
+    def _covered(self, owner: str, blocks: Sequence[Block], deadline_s: float) -> list[Pin]:
+        """The owner's pins that a new one makes needless. A block stands behind one prefix only, so the last one tells."""
+        covered = []
+        for pin in self.of(owner):
+            num_kept = len(pin.loan.blocks)
+            is_part = num_kept <= len(blocks) and blocks[num_kept - 1] is pin.loan.blocks[-1]
+            if is_part and (num_kept == len(blocks) or pin.deadline_s <= deadline_s):
+                covered.append(pin)
+        return covered
 
     def _room(self, owner: str) -> int:
         memory_bytes = self._tier.arena.num_bytes

@@ -193,6 +193,8 @@ class Store:
             quarantined_slots=sum(len(session.quarantined) for session in self._ending.values()),
             pinned_blocks=tier.num_pinned,
             kept_bytes=self.pins.total_bytes,
+            num_pins=len(self.pins),
+            leased_blocks=sum(session.num_read for session in (*sessions, self.errands.session)) - self.pins.num_blocks,
             leases=sum(len(session.reads) + len(session.writes) for session in sessions),
             sessions=len(sessions),
             claims=len(self._claims),

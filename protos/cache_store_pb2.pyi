@@ -271,7 +271,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("epoch", "blocks", "total_bytes", "ready_bytes", "used_bytes", "used_slots", "free_slots", "held_slots", "quarantined_slots", "pinned_blocks", "leases", "sessions", "claims", "hit_blocks", "missed_blocks", "committed_blocks", "evicted_blocks", "killed_holders", "kept_bytes", "disk_blocks", "disk_bytes", "disk_total_bytes", "num_peers")
+    __slots__ = ("epoch", "blocks", "total_bytes", "ready_bytes", "used_bytes", "used_slots", "free_slots", "held_slots", "quarantined_slots", "pinned_blocks", "leases", "sessions", "claims", "hit_blocks", "missed_blocks", "committed_blocks", "evicted_blocks", "killed_holders", "kept_bytes", "disk_blocks", "disk_bytes", "disk_total_bytes", "num_peers", "leased_blocks", "num_pins")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -295,6 +295,8 @@ class StatResponse(_message.Message):
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_PEERS_FIELD_NUMBER: _ClassVar[int]
+    LEASED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PINS_FIELD_NUMBER: _ClassVar[int]
     epoch: str
     blocks: int
     total_bytes: int
@@ -318,7 +320,9 @@ class StatResponse(_message.Message):
     disk_bytes: int
     disk_total_bytes: int
     num_peers: int
-    def __init__(self, epoch: _Optional[str] = ..., blocks: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., used_slots: _Optional[int] = ..., free_slots: _Optional[int] = ..., held_slots: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., sessions: _Optional[int] = ..., claims: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., missed_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., killed_holders: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ..., num_peers: _Optional[int] = ...) -> None: ...
+    leased_blocks: int
+    num_pins: int
+    def __init__(self, epoch: _Optional[str] = ..., blocks: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., used_slots: _Optional[int] = ..., free_slots: _Optional[int] = ..., held_slots: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., sessions: _Optional[int] = ..., claims: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., missed_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., killed_holders: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ..., num_peers: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., num_pins: _Optional[int] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ()

@@ -14,6 +14,14 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LENGTH: _ClassVar[FinishReason]
     ABORT: _ClassVar[FinishReason]
 
+class PinOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PIN_OUTCOME_UNSPECIFIED: _ClassVar[PinOutcome]
+    PIN_TAKEN: _ClassVar[PinOutcome]
+    PIN_NO_STORE: _ClassVar[PinOutcome]
+    PIN_TOO_MANY: _ClassVar[PinOutcome]
+    PIN_TOO_SHORT: _ClassVar[PinOutcome]
+
 class AbortOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ABORT_OUTCOME_UNSPECIFIED: _ClassVar[AbortOutcome]
@@ -23,6 +31,11 @@ FINISH_REASON_UNSPECIFIED: FinishReason
 STOP: FinishReason
 LENGTH: FinishReason
 ABORT: FinishReason
+PIN_OUTCOME_UNSPECIFIED: PinOutcome
+PIN_TAKEN: PinOutcome
+PIN_NO_STORE: PinOutcome
+PIN_TOO_MANY: PinOutcome
+PIN_TOO_SHORT: PinOutcome
 ABORT_OUTCOME_UNSPECIFIED: AbortOutcome
 ABORTED: AbortOutcome
 UNKNOWN_REQUEST: AbortOutcome
@@ -86,7 +99,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., prompt_logprobs_start: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "messages", "sampling", "cache_salt")
+    __slots__ = ("request_id", "model", "text", "token_ids", "messages", "sampling", "cache_salt", "pin_ttl_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +107,7 @@ class GenerateRequest(_message.Message):
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PIN_TTL_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -101,7 +115,8 @@ class GenerateRequest(_message.Message):
     messages: ChatMessages
     sampling: SamplingParams
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    pin_ttl_s: float
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., pin_ttl_s: _Optional[float] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -142,7 +157,7 @@ class Tokens(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_cached_tokens", "cached_tokens_by_tier", "num_computed_tokens", "bytes_loaded", "not_reused_tokens_by_reason")
+    __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_cached_tokens", "cached_tokens_by_tier", "num_computed_tokens", "bytes_loaded", "not_reused_tokens_by_reason", "pin")
     class CachedTokensByTierEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +179,7 @@ class Usage(_message.Message):
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_LOADED_FIELD_NUMBER: _ClassVar[int]
     NOT_REUSED_TOKENS_BY_REASON_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int
@@ -171,7 +187,8 @@ class Usage(_message.Message):
     num_computed_tokens: int
     bytes_loaded: int
     not_reused_tokens_by_reason: _containers.ScalarMap[str, int]
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_completion_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., cached_tokens_by_tier: _Optional[_Mapping[str, int]] = ..., num_computed_tokens: _Optional[int] = ..., bytes_loaded: _Optional[int] = ..., not_reused_tokens_by_reason: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    pin: PinOutcome
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_completion_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., cached_tokens_by_tier: _Optional[_Mapping[str, int]] = ..., num_computed_tokens: _Optional[int] = ..., bytes_loaded: _Optional[int] = ..., not_reused_tokens_by_reason: _Optional[_Mapping[str, int]] = ..., pin: _Optional[_Union[PinOutcome, str]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "ttft_s", "store_wait_s", "total_s")
@@ -310,7 +327,7 @@ class ReplicaStatus(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_pages: _Optional[int] = ..., used_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ..., blocks_pending_offer: _Optional[int] = ..., leased_slots: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., step_age_s: _Optional[float] = ...) -> None: ...
 
 class StoreStatus(_message.Message):
-    __slots__ = ("node_id", "state", "blocks", "used_bytes", "total_bytes", "leased_slots", "quarantined_slots", "hits", "misses", "evictions")
+    __slots__ = ("node_id", "state", "blocks", "used_bytes", "total_bytes", "leased_slots", "quarantined_slots", "hits", "misses", "evictions", "disk_blocks", "disk_bytes", "disk_total_bytes", "num_peers", "pinned_bytes", "num_pins")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +338,12 @@ class StoreStatus(_message.Message):
     HITS_FIELD_NUMBER: _ClassVar[int]
     MISSES_FIELD_NUMBER: _ClassVar[int]
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PEERS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PINS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     state: str
     blocks: int
@@ -331,7 +354,13 @@ class StoreStatus(_message.Message):
     hits: int
     misses: int
     evictions: int
-    def __init__(self, node_id: _Optional[str] = ..., state: _Optional[str] = ..., blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., leased_slots: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ...) -> None: ...
+    disk_blocks: int
+    disk_bytes: int
+    disk_total_bytes: int
+    num_peers: int
+    pinned_bytes: int
+    num_pins: int
+    def __init__(self, node_id: _Optional[str] = ..., state: _Optional[str] = ..., blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., leased_slots: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ..., num_peers: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., num_pins: _Optional[int] = ...) -> None: ...
 
 class FrontDoorStatus(_message.Message):
     __slots__ = ("live_requests", "reserved_requests", "reserved_tokens", "metrics_address")
@@ -354,3 +383,45 @@ class GetStatusResponse(_message.Message):
     stores: _containers.RepeatedCompositeFieldContainer[StoreStatus]
     front_door: FrontDoorStatus
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ..., front_door: _Optional[_Union[FrontDoorStatus, _Mapping]] = ...) -> None: ...
+
+class ListPinsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Pin(_message.Message):
+    __slots__ = ("node_id", "pin_id", "num_blocks", "num_bytes", "remaining_s")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    PIN_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_S_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    pin_id: str
+    num_blocks: int
+    num_bytes: int
+    remaining_s: float
+    def __init__(self, node_id: _Optional[str] = ..., pin_id: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., remaining_s: _Optional[float] = ...) -> None: ...
+
+class ListPinsResponse(_message.Message):
+    __slots__ = ("pins", "unreachable_nodes")
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    UNREACHABLE_NODES_FIELD_NUMBER: _ClassVar[int]
+    pins: _containers.RepeatedCompositeFieldContainer[Pin]
+    unreachable_nodes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, pins: _Optional[_Iterable[_Union[Pin, _Mapping]]] = ..., unreachable_nodes: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class UnpinRequest(_message.Message):
+    __slots__ = ("pin_ids", "all")
+    PIN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    pin_ids: _containers.RepeatedScalarFieldContainer[str]
+    all: bool
+    def __init__(self, pin_ids: _Optional[_Iterable[str]] = ..., all: bool = ...) -> None: ...
+
+class UnpinResponse(_message.Message):
+    __slots__ = ("num_unpinned", "unreachable_nodes")
+    NUM_UNPINNED_FIELD_NUMBER: _ClassVar[int]
+    UNREACHABLE_NODES_FIELD_NUMBER: _ClassVar[int]
+    num_unpinned: int
+    unreachable_nodes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, num_unpinned: _Optional[int] = ..., unreachable_nodes: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -65,6 +65,16 @@ class InferenceStub(object):
                 request_serializer=protos_dot_inference__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_inference__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/mobula.inference.v1.Inference/ListPins',
+                request_serializer=protos_dot_inference__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=protos_dot_inference__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/mobula.inference.v1.Inference/Unpin',
+                request_serializer=protos_dot_inference__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=protos_dot_inference__pb2.UnpinResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -113,6 +123,20 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPins(self, request, context):
+        """Lists the prefixes that the stores keep for the caller's tenant. Another tenant's are never shown.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Gives up pins of the caller's tenant: their blocks stay where they are, and may be evicted like others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +169,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=protos_dot_inference__pb2.GetStatusRequest.FromString,
                     response_serializer=protos_dot_inference__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=protos_dot_inference__pb2.ListPinsRequest.FromString,
+                    response_serializer=protos_dot_inference__pb2.ListPinsResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=protos_dot_inference__pb2.UnpinRequest.FromString,
+                    response_serializer=protos_dot_inference__pb2.UnpinResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +344,60 @@ class Inference(object):
             '/mobula.inference.v1.Inference/GetStatus',
             protos_dot_inference__pb2.GetStatusRequest.SerializeToString,
             protos_dot_inference__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.inference.v1.Inference/ListPins',
+            protos_dot_inference__pb2.ListPinsRequest.SerializeToString,
+            protos_dot_inference__pb2.ListPinsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.inference.v1.Inference/Unpin',
+            protos_dot_inference__pb2.UnpinRequest.SerializeToString,
+            protos_dot_inference__pb2.UnpinResponse.FromString,
             options,
             channel_credentials,
             insecure,

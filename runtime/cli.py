@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from runtime.commands import cache
+from runtime.commands.options import Address, ApiKey, CacheSalt, Deployment, Messages, PromptFile, PromptText, TokenIds
 from runtime.config import DEFAULT_DEPLOYMENT, ServeSettings, resolve_settings
 from runtime.errors import MobulaError
 
@@ -26,9 +27,6 @@ app = typer.Typer(
 app.add_typer(cache.app)
 
 Config = Annotated[Optional[Path], typer.Option("--config", help="TOML file with settings named as the flags.")]  # noqa: UP045 - typer reads it
-Deployment = Annotated[Optional[str], typer.Option("--deployment", help="Name of the deployment, where several run.")]  # noqa: UP045
-Address = Annotated[Optional[str], typer.Option("--address", help="HOST:PORT of a running front door.")]  # noqa: UP045
-ApiKey = Annotated[str, typer.Option("--api-key", envvar="MOBULA_API_KEY", help="Key of --address, where it asks for one.")]
 MaybeStr = Optional[str]  # noqa: UP045
 MaybeInt = Optional[int]  # noqa: UP045
 MaybeFloat = Optional[float]  # noqa: UP045
@@ -109,9 +107,10 @@ def generate(
     model: Annotated[MaybeStr, typer.Option("--model", help="Folder of a model to run offline; the embedded one unless given.")] = None,
     address: Address = None,
     api_key: ApiKey = "",
-    prompt: Annotated[MaybeStr, typer.Option("--prompt", help="Prompt text.")] = None,
-    token_ids: Annotated[MaybeStr, typer.Option("--token-ids", help="Prompt as token ids: 1,2,3.")] = None,
-    messages: Annotated[Optional[Path], typer.Option("--messages", help="JSON file with a list of role and content.")] = None,  # noqa: UP045
+    prompt: PromptText = None,
+    prompt_file: PromptFile = None,
+    token_ids: TokenIds = None,
+    messages: Messages = None,
     max_tokens: Annotated[MaybeInt, typer.Option("--max-tokens")] = None,
     temperature: Annotated[MaybeFloat, typer.Option("--temperature", help="0 is greedy.")] = None,
     top_k: Annotated[MaybeInt, typer.Option("--top-k")] = None,
@@ -123,7 +122,8 @@ def generate(
     sampling_seed: Annotated[MaybeInt, typer.Option("--seed", help="Seed of the draws.")] = None,
     stop: Annotated[Optional[list[str]], typer.Option("--stop", help="Stop string; may be repeated.")] = None,  # noqa: UP045
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
-    cache_salt: Annotated[str, typer.Option("--cache-salt", help="Share cached prefixes only with requests of the same salt.")] = "",
+    cache_salt: CacheSalt = "",
+    pin_ttl_s: Annotated[MaybeFloat, typer.Option("--pin-ttl", metavar="SECONDS", help="Keep the prompt in the store so long.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line at the end.")] = False,
     tensor_parallel_size: TensorParallel = None,
     kv_memory: KvMemory = None,
@@ -140,10 +140,15 @@ def generate(
 ) -> None:
     """Runs one request: against --address, or offline on a model of its own."""
     from protos import inference_pb2 as pb
-    from runtime.commands.generate import Prompt, generate_offline, generate_remote
+    from runtime.commands.generate import generate_offline, generate_remote
+    from runtime.commands.prompt import Prompt
 
     request = pb.GenerateRequest(cache_salt=cache_salt)
-    Prompt(prompt, token_ids, messages).put_into(request)
+    Prompt(prompt, token_ids, messages, prompt_file).put_into(request)
+    if pin_ttl_s is not None:
+        if address is None:
+            raise typer.BadParameter("--pin-ttl needs --address: an offline store ends with the command")
+        request.pin_ttl_s = pin_ttl_s
     given = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -180,12 +185,12 @@ def status(
     watch_s: Annotated[MaybeFloat, typer.Option("--watch", min=0.1, help="Show it again every so many seconds, until Ctrl-C.")] = None,
 ) -> None:
     """Shows every replica and store."""
-    from runtime.commands.state_file import require_state
+    from runtime.commands.state_file import find_endpoint
     from runtime.commands.status import print_json, show, watch
 
     if as_json and watch_s is not None:
         raise typer.BadParameter("--json and --watch exclude each other")
-    endpoint = address or require_state(deployment or DEFAULT_DEPLOYMENT).endpoint
+    endpoint = find_endpoint(address, deployment)
     if as_json:
         print_json(endpoint, api_key)
     elif watch_s is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -42,7 +42,9 @@ class Completion(NamedTuple):
 
 
 def describe_usage(usage: pb.Usage) -> dict[str, Any]:
-    """`usage` as the command line prints it: every tier is there, 0 when 0; of the reasons those that occurred."""
+    """`usage` as the command line prints it: every tier is there, 0 when 0; of the reasons those that occurred; a pin's outcome
+    where one was asked for."""
+    pin = {} if usage.pin == pb.PIN_OUTCOME_UNSPECIFIED else {"pin": pb.PinOutcome.Name(usage.pin).removeprefix("PIN_").lower()}
     return {
         "prompt_tokens": usage.num_prompt_tokens,
         "completion_tokens": usage.num_completion_tokens,
@@ -51,6 +53,7 @@ def describe_usage(usage: pb.Usage) -> dict[str, Any]:
         "computed_tokens": usage.num_computed_tokens,
         "bytes_loaded": usage.bytes_loaded,
         "not_reused_tokens_by_reason": dict(usage.not_reused_tokens_by_reason),
+        **pin,
     }
 
 
@@ -96,6 +99,15 @@ class InferenceClient:
 
     def status(self, timeout_s: float = 10.0) -> pb.GetStatusResponse:
         response: pb.GetStatusResponse = self._unary("GetStatus", pb.GetStatusRequest(), timeout_s)
+        return response
+
+    def list_pins(self, timeout_s: float = 10.0) -> pb.ListPinsResponse:
+        response: pb.ListPinsResponse = self._unary("ListPins", pb.ListPinsRequest(), timeout_s)
+        return response
+
+    def unpin(self, pin_ids: Iterable[str] = (), *, everything: bool = False, timeout_s: float = 10.0) -> pb.UnpinResponse:
+        """Of the caller's tenant: those named, or everything."""
+        response: pb.UnpinResponse = self._unary("Unpin", pb.UnpinRequest(pin_ids=pin_ids, all=everything), timeout_s)
         return response
 
     def _unary(self, method: str, request: Any, timeout_s: float) -> Any:

@@ -55,6 +55,12 @@ class FrontDoorMetrics:
         self.cached_tokens = Counter(
             "mobula:prompt_tokens_cached", "Prompt tokens that were not computed, by tier", ["tier"], registry=registry
         )
+        self.not_reused_tokens = Counter(
+            "mobula:prompt_tokens_not_reused",
+            "Prompt tokens that were computed, by why they were not reused",
+            ["reason"],
+            registry=registry,
+        )
         self.ttft_s = _histogram(registry, "time_to_first_token_seconds", "Arrival to first token", _TTFT_BUCKETS_S)
         self.inter_token_s = _histogram(
             registry, "inter_token_latency_seconds", "Time between events of one request, per token they carry", _INTER_TOKEN_BUCKETS_S

@@ -40,6 +40,7 @@ class ValidRequest:
     cache_salt: str = ""
     deadline_s: float | None = None  # CLOCK_MONOTONIC of the process that holds the request
     output_token_ids: array[int] = field(default_factory=lambda: array("I"))  # of a resumed request: already produced elsewhere
+    pin_ttl_s: float = 0.0  # how long the store is to keep the prompt's full blocks; 0: no longer than others
 
 
 class CachedTokens(NamedTuple):
@@ -84,3 +85,17 @@ class Timings(NamedTuple):
     store_wait_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
+
+
+class PinOutcome(enum.StrEnum):
+    """What became of a request's wish for a pin, as of its arrival at the engine. Written by the engine."""
+
+    TAKEN = "taken"  # the store is asked for it once it has the blocks
+    NO_STORE = "no_store"
+    TOO_MANY = "too_many"  # wishes are under way
+    TOO_SHORT = "too_short"  # the prompt has no full block
+
+
+def pin_owner(tenant: str) -> str:
+    """Whose a tenant's pins are, for the stores. Never empty, which to a store means everybody."""
+    return f"tenant:{tenant}"

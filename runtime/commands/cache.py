@@ -1,4 +1,4 @@
-"""`mobula cache replay`: eviction policies on a trace of requests, against LRU, an infinite cache and Belady."""
+"""`mobula cache`: eviction policies on a trace of requests, against LRU, an infinite cache and Belady; and the commands for pins."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich.table import Table
 
 from cache_store.eviction import EVICTION
 from cache_store.replay import Trace, belady_hit_rate, infinite_hit_rate, read_trace, replay
+from runtime.commands.options import Address, ApiKey, CacheSalt, Deployment, Messages, PromptFile, PromptText, TokenIds
+from runtime.commands.state_file import find_endpoint
 from runtime.errors import BadRequest
 
 REFERENCE = "lru"
@@ -22,9 +24,7 @@ REFERENCE = "lru"
 app = typer.Typer(name="cache", help="What the prefix cache does.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.callback()
-def _cache() -> None:
-    """Keeps `replay` a command of its own while it is the only one."""
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON line.")]
 
 
 @app.command("replay")
@@ -33,10 +33,53 @@ def _replay(
     blocks: Annotated[list[int], typer.Option("--blocks", help="Size of the cache; may be repeated.")],
     policy: Annotated[Optional[list[str]], typer.Option("--policy", help="Eviction policy; may be repeated. All unless given.")] = None,  # noqa: UP045
     chart: Annotated[Optional[Path], typer.Option("--chart", help="PNG to draw.")] = None,  # noqa: UP045
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Plays a trace against eviction policies: block hits beside those of LRU, an infinite cache and Belady."""
     replay_command(trace, blocks, policy or list(EVICTION), chart, as_json=as_json, console=Console(stderr=as_json))
+
+
+@app.command("pin")
+def _pin(
+    ttl_s: Annotated[float, typer.Option("--ttl", metavar="SECONDS", help="How long it is kept.")],
+    prompt: PromptText = None,
+    prompt_file: PromptFile = None,
+    token_ids: TokenIds = None,
+    messages: Messages = None,
+    cache_salt: CacheSalt = "",
+    address: Address = None,
+    api_key: ApiKey = "",
+    deployment: Deployment = None,
+    as_json: Json = False,
+) -> None:
+    """Has the full blocks of a prompt kept in a store: computed if need be, and evicted last."""
+    from runtime.commands.pins import pin_command
+    from runtime.commands.prompt import Prompt
+
+    chosen = Prompt(prompt, token_ids, messages, prompt_file)
+    pin_command(find_endpoint(address, deployment), api_key, chosen, ttl_s, cache_salt, as_json=as_json, console=Console())
+
+
+@app.command("list")
+def _list(address: Address = None, api_key: ApiKey = "", deployment: Deployment = None, as_json: Json = False) -> None:
+    """Shows the pins of the caller's tenant, in every store."""
+    from runtime.commands.pins import list_command
+
+    list_command(find_endpoint(address, deployment), api_key, as_json=as_json, console=Console())
+
+
+@app.command("unpin")
+def _unpin(
+    pin_ids: Annotated[Optional[list[str]], typer.Argument(metavar="PIN...", help="As `mobula cache list` shows them.")] = None,  # noqa: UP045
+    everything: Annotated[bool, typer.Option("--all", help="All of the caller's tenant.")] = False,
+    address: Address = None,
+    api_key: ApiKey = "",
+    deployment: Deployment = None,
+) -> None:
+    """Gives pins up: their blocks may be evicted like others."""
+    from runtime.commands.pins import unpin_command
+
+    unpin_command(find_endpoint(address, deployment), api_key, pin_ids or [], everything=everything, console=Console())
 
 
 class Replayed(NamedTuple):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -18,38 +16,10 @@ from runtime.commands.models import announce_model
 from runtime.commands.progress import LoadProgress
 from runtime.config import EMBEDDED_MODELS, ServeSettings
 from runtime.controller.deployment import deployed
-from runtime.errors import BadRequest
 from runtime.frontdoor.config import FrontDoorConfig
 from runtime.frontdoor.offline import OfflineDoor
 
 READY_TIMEOUT_S = 1800.0
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Exactly one of the three is given."""
-
-    text: str | None = None
-    token_ids: str | None = None  # "1,2,3"
-    messages: Path | None = None  # a JSON list of {"role", "content"}
-
-    def put_into(self, request: pb.GenerateRequest) -> None:
-        """BadRequest names the option that cannot be read."""
-        if sum(part is not None for part in (self.text, self.token_ids, self.messages)) != 1:
-            raise BadRequest("give exactly one of --prompt, --token-ids and --messages")
-        if self.text is not None:
-            request.text = self.text
-        elif self.token_ids is not None:
-            try:
-                request.token_ids.ids.extend(int(part) for part in self.token_ids.split(",") if part.strip())
-            except ValueError as error:
-                raise BadRequest(f"--token-ids: {error}") from error
-        elif self.messages is not None:
-            try:
-                rows = json.loads(self.messages.read_text(encoding="utf-8"))
-                request.messages.messages.extend(pb.ChatMessage(role=row["role"], content=row["content"]) for row in rows)
-            except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
-                raise BadRequest(f"--messages {self.messages}: {type(error).__name__}: {error}") from error
 
 
 def generate_remote(address: str, request: pb.GenerateRequest, *, as_json: bool, api_key: str = "") -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from runtime.config import DEFAULT_DEPLOYMENT
 from runtime.errors import DeploymentError
 
 
@@ -62,3 +63,8 @@ def require_state(deployment: str) -> RunningDeployment:
     if running is None:
         raise DeploymentError(f"no deployment named {deployment!r} was started by this user on this machine; give --address HOST:PORT")
     return running
+
+
+def find_endpoint(address: str | None, deployment: str | None) -> str:
+    """The front door that was named, else that of a deployment of this user's. DeploymentError when there is none."""
+    return address or require_state(deployment or DEFAULT_DEPLOYMENT).endpoint

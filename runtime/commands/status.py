@@ -79,11 +79,32 @@ def _replica_table(answer: pb.GetStatusResponse) -> Table:
 
 
 def _store_table(answer: pb.GetStatusResponse) -> Table:
+    """Columns of what no store has are left out."""
+    rows = answer.stores
+    columns: dict[str, list[object]] = {
+        "node": [row.node_id[:12] for row in rows],
+        "state": [row.state for row in rows],
+        "blocks": [row.blocks for row in rows],
+        "MiB used": [row.used_bytes >> 20 for row in rows],
+        "MiB": [row.total_bytes >> 20 for row in rows],
+        "leased slots": [row.leased_slots for row in rows],
+        "quarantined": [row.quarantined_slots for row in rows],
+        "hits": [row.hits for row in rows],
+        "misses": [row.misses for row in rows],
+        "evictions": [row.evictions for row in rows],
+    }
+    if any(row.pinned_bytes for row in rows):
+        columns["pins"] = [row.num_pins for row in rows]
+        columns["MiB pinned"] = [round(row.pinned_bytes / (1 << 20), 1) for row in rows]
+    if any(row.disk_total_bytes for row in rows):
+        columns["blocks on disk"] = [row.disk_blocks for row in rows]
+        columns["MiB on disk"] = [row.disk_bytes >> 20 for row in rows]
+        columns["of disk"] = [row.disk_total_bytes >> 20 for row in rows]
+    if any(row.num_peers for row in rows):
+        columns["peers"] = [row.num_peers for row in rows]
     table = Table(title="stores")
-    for column in ("node", "state", "blocks", "MiB used", "MiB", "leased slots", "quarantined", "hits", "misses", "evictions"):
-        table.add_column(column, justify="left" if column in ("node", "state") else "right")
-    for row in answer.stores:
-        sizes = (row.blocks, row.used_bytes >> 20, row.total_bytes >> 20)
-        counts = (row.leased_slots, row.quarantined_slots, row.hits, row.misses, row.evictions)
-        table.add_row(row.node_id[:12], row.state, *(str(count) for count in (*sizes, *counts)))
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("node", "state") else "right")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(str, cells))
     return table

@@ -49,6 +49,12 @@ class EngineConfig:
     max_offer_attempts: int = 4
     offer_retry_s: float = 0.25
 
+    # Pins: prompts that the store is asked to keep
+    max_pin_wishes: int = 256  # not yet answered; further ones are ignored
+    pin_timeout_s: float = 30.0  # from the prompt's end until its blocks must be stored
+    pin_retry_s: float = 0.02  # first time between two attempts; doubles
+    pin_wait_s: float = 1.0  # for blocks that the store has on disk or at a peer
+
     # Leases and copies. A copy must end long before the store may take the slot back.
     lease_ttl_s: float = 60.0
     copy_timeout_s: float = 15.0

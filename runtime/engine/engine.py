@@ -32,6 +32,7 @@ from runtime.engine.frames import EngineStats, Hello, Load, RequestOutput
 from runtime.engine.inbox import AbortRequest, Inbox, Message
 from runtime.engine.kv_loads import KvLoads
 from runtime.engine.kv_offers import KvOffers
+from runtime.engine.kv_pins import KvPins
 from runtime.engine.live import EngineRequest as EngineRequest
 from runtime.engine.live import LiveRequest, Phase, RequestKey
 from runtime.engine.outputs import Outputs
@@ -84,6 +85,7 @@ class Engine:
         copy_ids = itertools.count(1)
         self.loads = KvLoads(config, self.blocks, port, copy_ids, info.layout.block_bytes)
         self.offers = KvOffers(config, self.blocks, port, copy_ids, info.layout.num_parts)
+        self.pins = KvPins(config, self.blocks, port, self.offers)
         self.blocks.on_publish, self.blocks.on_evict = self.offers.published, self.offers.evicted
         self._group, self._port, self._sink, self._clock = group, port, sink, clock
         self._processes = processes
@@ -190,7 +192,7 @@ class Engine:
                 self._adopt(message.weights_digest)
         for event in self._port.poll():
             if isinstance(event, StoreAnswer):
-                _ = self.loads.answered(event, now_s) or self.offers.answered(event, now_s)
+                _ = self.loads.answered(event, now_s) or self.offers.answered(event, now_s) or self.pins.answered(event, now_s)
             elif isinstance(event, StoreReady):
                 self._group.attach_arena(event.arena)
                 self.offers.attached()
@@ -201,6 +203,7 @@ class Engine:
             if request.phase is not Phase.FINISHED:
                 self._end(request, error=("DeadlinePassed", "the request's deadline passed before its output was complete"))
         self.loads.advance(self.scheduler, now_s)
+        self.pins.advance(now_s)  # first: it may offer
         self.offers.advance(now_s)
 
     def _plan(self) -> Launched | None:
@@ -220,7 +223,7 @@ class Engine:
         """How long the loop may wait: not at all while another step could be launched, else until the next deadline."""
         if launched is not None and len(self._launched) < self.config.pipeline_depth:
             return 0.0
-        deadline_s = min(self.loads.next_deadline_s, self.offers.next_deadline_s)
+        deadline_s = min(self.loads.next_deadline_s, self.offers.next_deadline_s, self.pins.next_deadline_s)
         if self._deadlines:
             deadline_s = min(deadline_s, self._deadlines[0][0])
         return min(self.config.idle_poll_s, max(0.0, deadline_s - self._clock()))
@@ -263,6 +266,7 @@ class Engine:
             return
         live = LiveRequest(request, next(self._arrivals), now_s, self.max_model_len, self._request_root(request))
         self._live[request.key] = live
+        self.pins.arrived(live)
         self.scheduler.add(live)
         if request.output and (request.output[-1] in request.end_token_ids or len(live.tokens) >= live.limit):
             ended_by_token = request.output[-1] in request.end_token_ids
@@ -329,6 +333,7 @@ class Engine:
     def _lose_store(self, now_s: float) -> None:
         self.loads.lost(now_s)
         self.offers.lost()
+        self.pins.lost()
 
     def _end_all(self, name: str, message: str) -> None:
         for untaken in self._inbox.close(message):

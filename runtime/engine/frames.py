@@ -30,6 +30,7 @@ class Submit(NamedTuple):
     tenant: str
     cache_salt: str
     timeout_s: float | None  # remaining; clocks differ between processes
+    pin_ttl_s: float = 0.0  # how long the store is to keep the prompt's blocks; 0: no longer than others
 
 
 class Abort(NamedTuple):
@@ -61,7 +62,7 @@ class Load(NamedTuple):
 
 
 class RequestOutput(NamedTuple):
-    """What one step gave one request. The first of a request carries `cached` and `receipt`, the last `finish_reason` or `error`."""
+    """What one step gave one request. The first of a request carries `cached`, `receipt` and `pin`, the last `finish_reason` or `error`."""
 
     request_id: str
     token_ids: list[int]
@@ -72,6 +73,7 @@ class RequestOutput(NamedTuple):
     error: list[str] | None = None  # [name in runtime.errors.BY_NAME, message]
     timings: list[float] | None = None  # [queue_s, store_wait_s], with finish_reason
     receipt: list[Any] | None = None  # runtime.request.Receipt, on first admission
+    pin: str | None = None  # runtime.request.PinOutcome, where a pin was asked for
 
 
 class StepFrame(NamedTuple):

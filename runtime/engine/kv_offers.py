@@ -77,6 +77,10 @@ class KvOffers:
         """Blocks queued, being reserved, copied or committed."""
         return len(self._queue) + len(self._delayed) + len(self._busy)
 
+    def is_pending(self, key: BlockKey) -> bool:
+        """Whether the block is among `num_pending`."""
+        return key in self._busy or key in self._queue or key in self._delayed
+
     @property
     def num_open_copies(self) -> int:
         return len(self._open)

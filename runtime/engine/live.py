@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cache_store.keys import BlockKey, block_key
-from runtime.request import CachedTokens, Receipt
+from runtime.request import CachedTokens, PinOutcome, Receipt
 from workers.step import SamplingSettings, StepRow
 
 RequestKey = tuple[int, str]  # (stream, request id): ids are scoped by the front door's stream
@@ -33,6 +33,7 @@ class EngineRequest:
     cache_salt: str = ""
     deadline_s: float | None = None  # CLOCK_MONOTONIC
     output: array[int] = field(default_factory=lambda: array("I"))
+    pin_ttl_s: float = 0.0  # how long the store is to keep the prompt's full blocks; 0: no longer than others
 
     @property
     def key(self) -> RequestKey:
@@ -97,6 +98,7 @@ class LiveRequest:
         "num_published",
         "pages",
         "phase",
+        "pin",
         "plan_limit",
         "receipt",
         "request",
@@ -146,6 +148,7 @@ class LiveRequest:
         self.store_failed = False  # it could not say or deliver what it has of the prefix; kv_loads
         self.store_verdict: StoreVerdict | None = None  # of the latest lookup; kv_loads
         self.bytes_loaded = 0  # of blocks read for this request; kv_loads
+        self.pin: PinOutcome | None = None  # where one was asked for; kv_pins
 
     @property
     def key(self) -> RequestKey:

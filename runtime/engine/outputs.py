@@ -90,7 +90,8 @@ class Outputs:
         """Adds what the first and the last output carry."""
         if not request.first_output_sent:
             request.first_output_sent = True
-            output = output._replace(cached=list(request.cached or CachedTokens()), receipt=list(request.receipt or Receipt()))
+            cached, receipt = list(request.cached or CachedTokens()), list(request.receipt or Receipt())
+            output = output._replace(cached=cached, receipt=receipt, pin=request.pin.value if request.pin else None)
         if reason is not None:
             output = output._replace(finish_reason=reason.value, timings=_timings(request, now_s))
         return output

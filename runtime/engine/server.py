@@ -197,6 +197,8 @@ def _engine_request(stream: int, submit: frames.Submit) -> EngineRequest:
     output.frombytes(submit.output)
     if submit.timeout_s is not None and not math.isfinite(submit.timeout_s):
         raise ValueError(f"timeout_s: must be a finite number of seconds, not {submit.timeout_s}")
+    if not 0 <= submit.pin_ttl_s < math.inf:
+        raise ValueError(f"pin_ttl_s: must be a finite number of seconds, at least 0, not {submit.pin_ttl_s}")
     return EngineRequest(
         stream=stream,
         request_id=submit.request_id,
@@ -208,4 +210,5 @@ def _engine_request(stream: int, submit: frames.Submit) -> EngineRequest:
         cache_salt=submit.cache_salt,
         deadline_s=None if submit.timeout_s is None else time.monotonic() + submit.timeout_s,
         output=output,
+        pin_ttl_s=submit.pin_ttl_s,
     )

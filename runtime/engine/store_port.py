@@ -24,7 +24,7 @@ from runtime.loop import LoopThread
 from workers.step import ArenaSpec
 
 if TYPE_CHECKING:
-    from cache_store.client import Acquired, Attached, ClaimOutcome, CommitOutcome, Found, Reserved, StoreClient
+    from cache_store.client import Acquired, Attached, ClaimOutcome, CommitOutcome, Found, PinReply, Reserved, StoreClient
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +77,23 @@ class Release(NamedTuple):
     lease_ids: list[int]
 
 
-Question = Lookup | Claim | Acquire | Reserve | Commit | Release
+class Pin(NamedTuple):
+    """-> PinReply"""
+
+    owner: str  # runtime.request.pin_owner
+    keys: list[BlockKey]
+    ttl_s: float
+    max_wait_s: float  # for blocks to come from disk or peers
+
+
+Question = Lookup | Claim | Acquire | Reserve | Commit | Release | Pin
 
 
 class StoreAnswer(NamedTuple):
     ticket: int
-    reply: Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int | None  # None: the store could not be asked
+    reply: (
+        Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int | PinReply | None
+    )  # None: the store could not be asked
 
 
 class StoreReady(NamedTuple):
@@ -314,7 +325,7 @@ class RemoteStore:
 
 async def _call(
     client: StoreClient, question: Question, rates: ReplicaRates
-) -> Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int:
+) -> Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int | PinReply:
     match question:
         case Lookup(keys):
             return await client.lookup(keys, rates.tokens_per_s, rates.copy_bytes_per_s)
@@ -328,3 +339,5 @@ async def _call(
             return await client.commit(lease_id, blocks)
         case Release(lease_ids):
             return await client.release(lease_ids)
+        case Pin(owner, keys, ttl_s, max_wait_s):
+            return await client.pin(owner, keys, ttl_s, max_wait_s)

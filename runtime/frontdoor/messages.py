@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from protos import inference_pb2 as pb
 from runtime.frontdoor.pipeline import Event, Finished, Logprobs, Started, Tokens
-from runtime.request import TIERS, FinishReason
+from runtime.request import TIERS, FinishReason, PinOutcome
 
 _REASONS = {FinishReason.STOP: pb.STOP, FinishReason.LENGTH: pb.LENGTH, FinishReason.ABORT: pb.ABORT}
+_PINS = {
+    None: pb.PIN_OUTCOME_UNSPECIFIED,
+    PinOutcome.TAKEN: pb.PIN_TAKEN,
+    PinOutcome.NO_STORE: pb.PIN_NO_STORE,
+    PinOutcome.TOO_MANY: pb.PIN_TOO_MANY,
+    PinOutcome.TOO_SHORT: pb.PIN_TOO_SHORT,
+}
 
 
 def event_message(event: Event) -> pb.GenerateEvent:
@@ -46,6 +53,7 @@ def _finished(event: Finished) -> pb.Finished:
             num_computed_tokens=usage.receipt.num_computed_tokens,
             bytes_loaded=usage.receipt.bytes_loaded,
             not_reused_tokens_by_reason=usage.receipt.not_reused,
+            pin=_PINS[usage.pin],
         ),
         timings=pb.Timings(**event.timings._asdict()),
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from runtime.engine.frames import RequestOutput
 from runtime.frontdoor.record import RequestRecord
 from runtime.metrics import FrontDoorMetrics
-from runtime.request import TIERS, CachedTokens, FinishReason, Receipt, Timings, ValidRequest
+from runtime.request import TIERS, CachedTokens, FinishReason, PinOutcome, Receipt, Timings, ValidRequest
 from runtime.routing.router import Dispatch, Router
 from runtime.text.detokenize import Detokenizer
 from runtime.text.stop import OutputPiece, OutputText
@@ -43,6 +43,7 @@ class Usage(NamedTuple):
     num_completion_tokens: int
     cached: CachedTokens
     receipt: Receipt = Receipt()
+    pin: PinOutcome | None = None  # where one was asked for
 
 
 class Finished(NamedTuple):
@@ -114,6 +115,7 @@ class _Progress:
         self._record = record
         self._last_event_s = 0.0  # of the last event with tokens; 0 before the first
         self._receipt = Receipt()
+        self._pin: PinOutcome | None = None
         record.num_prompt_tokens = len(request.prompt_token_ids)
         record.num_completion_tokens = len(request.output_token_ids)
 
@@ -121,6 +123,7 @@ class _Progress:
         first = batch[0]
         if self._record.cached is None:  # also for a request that ended before it was admitted
             self._receipt = Receipt(*first.receipt) if first.receipt is not None else Receipt()
+            self._pin = PinOutcome(first.pin) if first.pin is not None else None
             yield self._start(CachedTokens(*first.cached) if first.cached is not None else CachedTokens(), replica_id)
         for group in _grouped(batch):
             yield from self._prompt_logprobs(group)
@@ -148,6 +151,8 @@ class _Progress:
         for tier, num_tokens in zip(TIERS, cached, strict=True):
             if num_tokens:
                 metrics.cached_tokens.labels(tier).inc(num_tokens)
+        for reason, num_tokens in self._receipt.not_reused.items():
+            metrics.not_reused_tokens.labels(reason).inc(num_tokens)
         return Started(self._request.request_id, record.num_prompt_tokens, cached.total, replica_id)
 
     def _prompt_logprobs(self, group: list[RequestOutput]) -> Iterator[Tokens]:
@@ -187,7 +192,7 @@ class _Progress:
         metrics.store_wait_s.observe(store_wait_s)
         metrics.request_prompt_tokens.observe(record.num_prompt_tokens)
         metrics.request_output_tokens.observe(record.num_completion_tokens)
-        usage = Usage(record.num_prompt_tokens, record.num_completion_tokens, record.cached or CachedTokens(), self._receipt)
+        usage = Usage(record.num_prompt_tokens, record.num_completion_tokens, record.cached or CachedTokens(), self._receipt, self._pin)
         return Finished(reason, match, usage, Timings(queue_s, store_wait_s, record.ttft_s or 0.0, total_s))
 
 

@@ -18,9 +18,11 @@ from runtime.errors import DeploymentError
 from runtime.frontdoor.config import FrontDoorConfig
 from runtime.frontdoor.interceptors import AuthInterceptor, ErrorInterceptor
 from runtime.frontdoor.live import LiveRequests
+from runtime.frontdoor.pins import PinKeeper
 from runtime.frontdoor.pipeline import Pipeline
 from runtime.frontdoor.service import SERVICE, InferenceService
-from runtime.frontdoor.status import StatusReporter, StoreStatus
+from runtime.frontdoor.status import StatusReporter
+from runtime.frontdoor.stores import StoreAccess, StoreClients
 from runtime.frontdoor.validate import Validator
 from runtime.metrics import FrontDoorMetrics, MetricsServer
 from runtime.routing.engine_channel import ChannelSettings
@@ -49,12 +51,21 @@ class FrontDoor:
         self.router = Router(policy, channels, self._changed.set)
         self.metrics = FrontDoorMetrics(self.router.replica_figures)
         self._tenants = Tenants(config.api_keys, config.secret)
-        self._status = StatusReporter(self.router, self._connect_store, config.status_timeout_s)
+        self._stores = StoreClients(self.router, self._connect_store)
+        self._status = StatusReporter(self.router, self._stores, config.status_timeout_s)
         self._live = LiveRequests(config.max_live_requests)
         validator = Validator(model, self._executor, self.router.max_model_len, config.model_names)
         pipeline = Pipeline(self.router, model.tokenizer, self.metrics)
         self._service = InferenceService(
-            model, validator, pipeline, self._status, self._live, self._tenants, self.metrics, config.write_timeout_s
+            model,
+            validator,
+            pipeline,
+            self._status,
+            PinKeeper(self._stores),
+            self._live,
+            self._tenants,
+            self.metrics,
+            config.write_timeout_s,
         )
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -104,12 +115,12 @@ class FrontDoor:
         if self._server is not None:
             await self._server.stop(grace_s)
         await self.router.close()
-        await self._status.close()
+        await self._stores.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _connect_store(self, address: str) -> StoreStatus:
+    def _connect_store(self, address: str) -> StoreAccess:
         return StoreClient(address, self._config.secret, timeout_s=self._config.status_timeout_s)
 
     async def _report_health(self) -> None:

@@ -15,6 +15,7 @@ from runtime.api_keys import Tenants
 from runtime.errors import BadRequest, DeadlinePassed, Overloaded, status_of
 from runtime.frontdoor.live import LiveRequests
 from runtime.frontdoor.messages import event_message
+from runtime.frontdoor.pins import PinKeeper
 from runtime.frontdoor.pipeline import AbortSwitch, Finished, Pipeline
 from runtime.frontdoor.record import RequestRecord
 from runtime.frontdoor.status import StatusReporter
@@ -34,6 +35,7 @@ class InferenceService(rpc.InferenceServicer):
         validator: Validator,
         pipeline: Pipeline,
         status: StatusReporter,
+        pins: PinKeeper,
         live: LiveRequests,
         tenants: Tenants,
         metrics: FrontDoorMetrics,
@@ -43,6 +45,7 @@ class InferenceService(rpc.InferenceServicer):
         self._validator = validator
         self._pipeline = pipeline
         self._status = status
+        self._pins = pins
         self._live = live
         self._tenants = tenants
         self._write_timeout_s = write_timeout_s
@@ -125,3 +128,9 @@ class InferenceService(rpc.InferenceServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
         return await self._status.report(len(self._live))
+
+    async def ListPins(self, request: pb.ListPinsRequest, context: Context) -> pb.ListPinsResponse:  # noqa: N802
+        return await self._pins.list(self._tenant(context))
+
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:  # noqa: N802
+        return await self._pins.unpin(self._tenant(context), request)

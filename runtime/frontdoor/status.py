@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Protocol
 
-from cache_store.client import StoreStat
 from cache_store.errors import StoreError
 from protos import inference_pb2 as pb
 from runtime.errors import ReplicaLost
+from runtime.frontdoor.stores import StoreAccess, StoreClients
 from runtime.routing.router import Router
 from runtime.routing.types import DRAINING, READY, ReplicaMember, StoreMember
 
 LOST = "lost"
 
 
-class StoreStatus(Protocol):
-    """The part of `cache_store.client.StoreClient` that is used here."""
-
-    async def stat(self) -> StoreStat: ...
-
-    async def close(self) -> None: ...
-
-
 class StatusReporter:
-    """Keeps one client per store of the membership; `close` closes them."""
+    """Borrows the stores' clients, whose calls are bounded in time; `timeout_s` is what a replica gets."""
 
-    def __init__(self, router: Router, connect_store: Callable[[str], StoreStatus], timeout_s: float) -> None:
+    def __init__(self, router: Router, stores: StoreClients, timeout_s: float) -> None:
         self._router = router
-        self._connect_store = connect_store
+        self._stores = stores
         self._timeout_s = timeout_s
-        self._stores: dict[str, StoreStatus] = {}
         self.metrics_address = ""  # set by the server once it listens
 
     async def report(self, num_live_requests: int) -> pb.GetStatusResponse:
         """Waits up to the time limit for the slowest; nothing that is lost makes the others wait longer."""
         membership = self._router.membership
-        await self._close_all_but({store.address for store in membership.stores})
         replicas, stores = await asyncio.gather(
             asyncio.gather(*(self._replica(member) for member in membership.replicas)),
-            asyncio.gather(*(self._store(member) for member in membership.stores)),
+            asyncio.gather(*(self._store(*member) for member in await self._stores.members())),
         )
         reserved = self._router.reserved().values()
         front_door = pb.FrontDoorStatus(
@@ -50,13 +38,6 @@ class StatusReporter:
             metrics_address=self.metrics_address,
         )
         return pb.GetStatusResponse(replicas=replicas, stores=stores, front_door=front_door)
-
-    async def close(self) -> None:
-        await self._close_all_but(set())
-
-    async def _close_all_but(self, addresses: set[str]) -> None:
-        for address in self._stores.keys() - addresses:
-            await self._stores.pop(address).close()
 
     async def _replica(self, member: ReplicaMember) -> pb.ReplicaStatus:
         status = pb.ReplicaStatus(
@@ -77,18 +58,18 @@ class StatusReporter:
         status.num_preemptions, status.step_age_s = stats.num_preemptions, stats.step_age_s
         return status
 
-    async def _store(self, member: StoreMember) -> pb.StoreStatus:
+    async def _store(self, member: StoreMember, client: StoreAccess | None) -> pb.StoreStatus:
         status = pb.StoreStatus(node_id=member.node_id, state=member.state)
-        if member.state != READY or not member.address:
+        if client is None:
             return status
-        if member.address not in self._stores:
-            self._stores[member.address] = self._connect_store(member.address)
         try:
-            stat = await self._stores[member.address].stat()
+            stat = await client.stat()
         except StoreError:
             status.state = LOST
             return status
         status.blocks, status.used_bytes, status.total_bytes = stat.blocks, stat.used_bytes, stat.total_bytes
-        status.leased_slots, status.quarantined_slots = stat.pinned_blocks + stat.held_slots, stat.quarantined_slots
+        status.leased_slots, status.quarantined_slots = stat.leased_blocks + stat.held_slots, stat.quarantined_slots
         status.hits, status.misses, status.evictions = stat.hit_blocks, stat.missed_blocks, stat.evicted_blocks
+        status.disk_blocks, status.disk_bytes, status.disk_total_bytes = stat.disk_blocks, stat.disk_bytes, stat.disk_total_bytes
+        status.num_peers, status.num_pins, status.pinned_bytes = stat.num_peers, stat.num_pins, stat.kept_bytes
         return status

@@ -71,6 +71,8 @@ class Validator:
         self.check_model(request.model)
         if len(request.cache_salt) > MAX_SALT_CHARS:
             raise BadRequest(f"cache_salt: must be at most {MAX_SALT_CHARS} characters, not {len(request.cache_salt)}")
+        if not math.isfinite(request.pin_ttl_s) or request.pin_ttl_s < 0:
+            raise BadRequest(f"pin_ttl_s: must be a number of seconds, at least 0, not {request.pin_ttl_s:g}")
         _check_ranges(request.sampling)
         self._check_stops(request.sampling)
         prompt = await self._prompt(request)
@@ -82,6 +84,7 @@ class Validator:
             tenant=tenant,
             cache_salt=request.cache_salt,
             deadline_s=deadline_s,
+            pin_ttl_s=request.pin_ttl_s,
         )
 
     def check_model(self, name: str) -> None:

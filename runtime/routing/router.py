@@ -292,6 +292,7 @@ def _submit(wire_id: str, request: ValidRequest, now_s: float) -> Submit:
         request.tenant,
         request.cache_salt,
         None if request.deadline_s is None else max(0.0, request.deadline_s - now_s),
+        request.pin_ttl_s,
     )
 
 

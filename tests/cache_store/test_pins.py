@@ -81,5 +81,39 @@ def test_when_nothing_else_is_left_the_pin_that_ends_first_goes(kit_of_ten: Kit)
 def test_the_table_of_pins_is_bounded(kit: Kit) -> None:
     kit.make(num_slots=10, extent_slots=5, max_pins=2)
     session, _ = kit.attach()
-    kit.put(session, [key("a")])
-    assert [keep(kit, "a", [key("a")]) is not None for _ in range(3)] == [True, True, False]
+    for name in "abc":
+        kit.put(session, [key(name)])
+    assert [keep(kit, "a", [key(name)]) is not None for name in "abc"] == [True, True, False]
+    assert keep(kit, "a", [key("b")]), "a renewed pin takes no further place"
+
+
+def test_asking_again_renews_a_pin_and_a_longer_prefix_takes_it_in(kit_of_ten: Kit) -> None:
+    kit = kit_of_ten
+    session, _ = kit.attach()
+    keys = chain("prefix", 3)
+    kit.put(session, keys)
+    first = keep(kit, "a", keys[:2], 30.0)
+    assert first
+    again = keep(kit, "a", keys[:2], 60.0)
+    assert again
+    assert (again.pin_id, again.deadline_s - first.deadline_s) == (first.pin_id, 30.0)
+    assert keep(kit, "a", keys[:2], 10.0)
+    assert [(pin.pin_id, pin.deadline_s) for pin in kit.store.pins.of("a")] == [(first.pin_id, again.deadline_s)], "never shortened"
+    other = keep(kit, "b", keys[:1])
+    assert other
+    longer = keep(kit, "a", keys, 90.0)
+    assert longer
+    assert [pin.pin_id for pin in kit.store.pins.of("")] == [other.pin_id, longer.pin_id]
+    stat = kit.store.stat()
+    assert (stat.kept_bytes, stat.num_pins, stat.pinned_blocks, stat.leased_blocks) == (4 * SLOT_BYTES, 2, 3, 0)
+    lease_id = kit.store.acquire(session, keys[:2], 60.0).lease_id
+    assert kit.store.stat().leased_blocks == 2
+    kit.store.release(session, [lease_id])
+    assert kit.store.stat().leased_blocks == 0
+    brief = keep(kit, "c", keys[:1], 20.0)
+    assert brief
+    assert kit.store.check() == []
+    kit.advance(25.0)
+    assert [pin.owner for pin in kit.store.pins.of("")] == ["b", "a"]
+    kit.advance(70.0)
+    assert kit.store.stat().kept_bytes == kit.store.stat().pinned_blocks == 0

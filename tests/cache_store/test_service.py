@@ -216,19 +216,22 @@ async def test_two_stores_share_a_directory_but_not_an_address(store_process: Ca
 
 async def test_pins_over_the_wire(client: StoreClient, idle_child: Callable[[], Child]) -> None:
     await client.attach(LAYOUT, [idle_child().identity], "engine")
-    keys = chain("a", 20)
+    keys, others = chain("a", 4), chain("b", 20)
     await put(client, keys)
-    pinned = await client.pin("tenant", [*keys[:4], key("none")], 60.0)
+    await put(client, others)
+    pinned = await client.pin("tenant", [*keys, key("none")], 60.0)
     assert (pinned.num_blocks, pinned.num_bytes, pinned.over_quota) == (4, 4 * SLOT_BYTES, False)
-    assert (await client.pin("tenant", keys, 60.0))[1:] == (12, 12 * SLOT_BYTES, True)  # a quarter of 64 slots for one owner
-    assert await client.pin("tenant", keys, 60.0) == (0, 0, 0, True)
+    assert await client.pin("tenant", keys, 1e300) == pinned, "renewed"
+    assert (await client.pin("tenant", others, 60.0))[1:] == (12, 12 * SLOT_BYTES, True)  # a quarter of 64 slots for one owner
+    await put(client, [key("c")])
+    assert await client.pin("tenant", [key("c")], 60.0) == (0, 0, 0, True)
     assert (await client.pin("other", [key("none")], 60.0)).pin_id == 0
     with pytest.raises(ValueError, match="owner"):
         await client.pin("", keys, 60.0)
     await client.detach()
     listed = await client.list_pins("tenant")
     assert [(pin.pin_id > 0, pin.owner, pin.num_blocks) for pin in listed] == [(True, "tenant", 4), (True, "tenant", 12)]
-    assert all(0 < pin.remaining_s <= 60.0 for pin in listed)
+    assert all(0 < pin.remaining_s <= longest_s for pin, longest_s in zip(listed, (86400.0, 60.0), strict=True))
     assert await client.list_pins("other") == []
     assert await client.unpin("other", [pinned.pin_id]) == 0
     assert await client.unpin("tenant", [pinned.pin_id]) == 1

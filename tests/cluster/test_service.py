@@ -165,7 +165,10 @@ def check_busy_run(endpoint: str, client: InferenceClient) -> None:
 def check_tenants(blue: InferenceClient, green: InferenceClient) -> None:
     """Over both replicas' pages and the store: what blue has paid for is found by blue alone."""
     prompt = random.Random(9).choices(range(2, 512), k=256)
-    first = blue.generate(ids_request([*prompt, 7]), 30.0)
+    first = blue.generate(ids_request([*prompt, 7], pin_ttl_s=600.0), 30.0)
+    assert first.usage["pin"] == "taken"
+    eventually(lambda: [pin.num_blocks for pin in blue.list_pins().pins] == [16], 20.0, "a pin of the whole prefix")
+    assert list(green.list_pins().pins) == []
     wait_for_offers(blue)
     stored = blue.status().stores[0].blocks
     others = green.generate(ids_request([*prompt, 7]), 30.0)
@@ -174,6 +177,7 @@ def check_tenants(blue: InferenceClient, green: InferenceClient) -> None:
     assert first.token_ids == others.token_ids == again.token_ids
     wait_for_offers(green)
     assert green.status().stores[0].blocks >= stored + 16  # blocks of its own, of the same tokens
+    assert (green.unpin(everything=True).num_unpinned, blue.unpin(everything=True).num_unpinned) == (0, 1)
 
 
 def check_command_line(endpoint: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from simulated_group import NUM_PARTS, Arena, SimulatedGroup, Slot
 
-from cache_store.client import Acquired, ClaimOutcome, CommitOutcome, Found, Reserved, ReservedSlot, ReserveOutcome
+from cache_store.client import Acquired, ClaimOutcome, CommitOutcome, Found, PinReply, Reserved, ReservedSlot, ReserveOutcome
 from cache_store.client import Slot as AcquiredSlot
 from cache_store.keys import BlockKey, Layout
 from runtime.engine.store_port import (
@@ -17,6 +17,7 @@ from runtime.engine.store_port import (
     Claim,
     Commit,
     Lookup,
+    Pin,
     Question,
     Release,
     Reserve,
@@ -63,6 +64,7 @@ class SimulatedStore:
         self.num_restarts = 0
         self.num_loaded = 0
         self.num_committed = 0
+        self.num_pins = 0
         self.group: SimulatedGroup | None = None
         self._rng, self._num_slots = rng, num_slots
         self._refusals, self._lateness, self._elsewhere = refusals, lateness, elsewhere
@@ -181,6 +183,12 @@ class SimulatedStore:
                 return self._reserve(keys, parents)
             case Commit(lease_id, blocks):
                 return [self._commit(lease_id, *block) for block in blocks]
+            case Pin(owner, keys, ttl_s, _max_wait_s):
+                assert owner
+                assert ttl_s > 0
+                num_blocks = self._num_leading(keys)
+                self.num_pins += bool(num_blocks)
+                return PinReply(int(bool(num_blocks)), num_blocks, num_blocks * SLOT_BYTES, num_blocks < len(keys))
             case Release(lease_ids):
                 return sum(self._release(lease_id) for lease_id in lease_ids)
 

@@ -159,6 +159,7 @@ class Run:
             end_token_ids=frozenset(rng.sample(range(VOCAB), rng.choice((0, 1, 5)))),
             tenant=rng.choice(TENANTS),
             deadline_s=self.clock() + rng.uniform(0.01, 0.5) if rng.random() < 0.05 else None,
+            pin_ttl_s=60.0 if rng.random() < 0.2 else 0.0,
         )
         if rng.random() < 0.1 and request.max_tokens > 1:
             done, _ = expected_output(request, shape.max_model_len)
@@ -234,6 +235,7 @@ class Run:
         assert self.engine.load == Load(0, 0, 0)
         if self.store:
             assert self.store.num_leases == 0
+            assert self.engine.pins.num_kept <= self.store.num_pins
         for key, request in self.requests.items():
             self.judge_one(request, self.told[key])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 _TESTS = Path(__file__).parents[2]
 sys.path[:0] = [str(_TESTS / "runtime" / "engine"), str(_TESTS / "simulation")]
 
-from realtime import RealtimeGroup, Running, expected  # noqa: E402
+from realtime import RealStoreGroup, RealtimeGroup, Running, expected  # noqa: E402
 from simulated_group import make_info  # noqa: E402
 
 from cache_store.keys import Layout  # noqa: E402
@@ -20,7 +20,7 @@ from runtime.engine.frames import Hello, Load  # noqa: E402
 from runtime.engine.server import EngineServer  # noqa: E402
 from runtime.engine.store_port import Lookup, Question, StoreEvent, StorePort, StoreState  # noqa: E402
 
-__all__ = ["RealEngine", "SilentStore", "expected"]
+__all__ = ["MAX_LEN", "RealEngine", "RealStoreGroup", "SilentStore", "expected", "make_info"]
 
 MAX_LEN = 200
 
@@ -52,9 +52,18 @@ class RealEngine:
     """Started and stopped like `fake_engine.FakeEngine`. `group.gate` cleared keeps every result back."""
 
     def __init__(
-        self, replica_id: str = "r0", *, step_s: float = 0.0, num_pages: int = 120, store: StorePort | None = None, **config: object
+        self,
+        replica_id: str = "r0",
+        *,
+        step_s: float = 0.0,
+        num_pages: int = 120,
+        store: StorePort | None = None,
+        group: RealtimeGroup | None = None,
+        secret: str = "",
+        **config: object,
     ) -> None:
-        self.group = RealtimeGroup(make_info(num_pages, max_model_len=MAX_LEN), step_s=step_s)
+        self.group = group or RealtimeGroup(make_info(num_pages, max_model_len=MAX_LEN), step_s=step_s)
+        self._secret = secret
         self._config = {"replica_id": replica_id, "max_num_seqs": 8, "max_num_batched_tokens": 32, "idle_poll_s": 0.05, **config}
         self._store = store
         self._server: EngineServer | None = None
@@ -75,7 +84,7 @@ class RealEngine:
         return len(self._server._streams) if self._server else 0
 
     async def start(self) -> str:
-        server = self._server = EngineServer(secret="")
+        server = self._server = EngineServer(secret=self._secret)
         self._running = Running(self.group, sink=server.deliver, store=self._store, **self._config)
         self.port = await asyncio.to_thread(server.start, self.engine)
         return f"127.0.0.1:{self.port}"

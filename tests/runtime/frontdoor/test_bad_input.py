@@ -44,6 +44,7 @@ BAD_TEXT = [
     ("Tokenize", "model", pb.TokenizeRequest(model=MARK)),
     ("Detokenize", "model", pb.DetokenizeRequest(model=MARK)),
     ("Abort", "request_id", pb.AbortRequest(request_id=MARK)),
+    ("Unpin", "pin_ids", pb.UnpinRequest(pin_ids=[MARK])),
 ]
 
 

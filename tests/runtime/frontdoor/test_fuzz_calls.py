@@ -31,6 +31,7 @@ NAMES_A_FIELD = re.compile(r"[a-z_]+(\[\d+\])?(\.[a-z_]+)*: ")
 TEXTS = st.one_of(st.text(max_size=40), st.sampled_from(["", "x" * 5000, "<s>", "\0", "\ud7ff\ue000", "user", "😀" * 300]))
 NUMBERS = {
     FieldDescriptor.TYPE_FLOAT: st.one_of(st.floats(width=32), st.sampled_from([0.0, 1.0, -1.0, 1e-45, 3e38, float("nan"), float("inf")])),
+    FieldDescriptor.TYPE_DOUBLE: st.floats(),
     FieldDescriptor.TYPE_INT32: st.one_of(st.integers(-3, 30), st.integers(-(1 << 31), (1 << 31) - 1)),
     FieldDescriptor.TYPE_INT64: st.integers(-(1 << 63), (1 << 63) - 1),
     FieldDescriptor.TYPE_UINT32: st.one_of(st.integers(0, 60), st.integers(0, (1 << 32) - 1)),
@@ -70,6 +71,8 @@ METHODS = {
     "Tokenize": messages(pb.TokenizeRequest),
     "Detokenize": messages(pb.DetokenizeRequest),
     "Abort": messages(pb.AbortRequest),
+    "ListPins": messages(pb.ListPinsRequest),
+    "Unpin": messages(pb.UnpinRequest),
 }
 
 

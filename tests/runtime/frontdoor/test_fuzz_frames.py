@@ -33,7 +33,7 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
     max_leaves=8,
 )
-SUBMIT = Submit("r", b"\5\0\0\0\6\0\0\0", b"", list(SamplingSettings()), 3, [7], "", "", None)
+SUBMIT = Submit("r", b"\5\0\0\0\6\0\0\0", b"", list(SamplingSettings()), 3, [7], "", "", None, 60.0)
 DOOR_FRAMES = [SUBMIT, frames.Abort("r", "abort", 0), frames.StatusQuery(3)]
 ENGINE_FRAMES = [
     StepFrame(
@@ -61,6 +61,7 @@ def odd_submits(draw: st.DrawFn) -> bytes:
             draw(st.text(max_size=2)),
             draw(st.text(max_size=2)),
             draw(st.none() | st.floats() | st.floats(0, 0.1)),
+            draw(st.just(0.0) | st.floats()),
         )
     )
 

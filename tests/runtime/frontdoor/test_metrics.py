@@ -71,6 +71,7 @@ async def test_the_endpoint_speaks_of_requests_and_replicas(run_engines: Callabl
         assert value(families["num_preemptions"], replica="r0") == 7
         assert (value(families["prefix_cache_queries"]), value(families["prefix_cache_hits"])) == (70, 48)
         assert value(families["prompt_tokens_cached"], tier="dram") == 32
+        assert value(families["prompt_tokens_not_reused"], reason="cold") == 22
         assert value(families["request_success"], finished_reason="length") == 1
         assert value(families["rpc_failures"], method="Generate", reason="bad_request") == 1
         assert value(families["requests"], status="bad_request") == 1

@@ -184,13 +184,16 @@ async def test_status_shows_every_replica_and_store(run_engines: Callable[..., A
 
 
 async def test_status_asks_the_stores(run_engines: Callable[..., Any], tmp_path: Path) -> None:
-    config = StoreConfig(memory_bytes=1 << 20, extent_bytes=1 << 20, secret="between us", directory=str(tmp_path))
+    (tmp_path / "disk").mkdir()
+    disk = {"disk_bytes": 1 << 20, "disk_directory": str(tmp_path / "disk")}
+    config = StoreConfig(memory_bytes=1 << 20, extent_bytes=1 << 20, secret="between us", directory=str(tmp_path), **disk)
     with StoreProcess(config) as store:
         address = await asyncio.to_thread(store.start)
         async with run_engines(FakeEngine(secret="between us"), secret="between us") as setup:
             await setup.door.set_membership(membership(2, *setup.engines)._replace(stores=(StoreMember("n0", address),)))
             (status,) = (await setup.stub.GetStatus(pb.GetStatusRequest(), timeout=5)).stores
             assert (status.node_id, status.state, status.total_bytes, status.leased_slots) == ("n0", "ready", 1 << 20, 0)
+            assert (status.disk_total_bytes, status.num_peers, status.pinned_bytes) == (1 << 20, 0, 0)
             await asyncio.to_thread(store.stop)
             (status,) = (await setup.stub.GetStatus(pb.GetStatusRequest(), timeout=5)).stores
             assert status.state == "lost"

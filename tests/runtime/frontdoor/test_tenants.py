@@ -45,6 +45,8 @@ CALLS: dict[str, Any] = {
     "Tokenize": pb.TokenizeRequest(text="x"),
     "Detokenize": pb.DetokenizeRequest(token_ids=[5]),
     "GetStatus": pb.GetStatusRequest(),
+    "ListPins": pb.ListPinsRequest(),
+    "Unpin": pb.UnpinRequest(all=True),
 }
 
 

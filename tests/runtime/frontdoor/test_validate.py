@@ -57,6 +57,7 @@ BAD = [
     ("tools_json", chat(("user", "a"), tools_json="{}")),
     ("tools_json", chat(("user", "a"), tools_json="[" * 100_000)),
     ("documents_json", chat(("user", "a"), documents_json="1")),
+    *(("pin_ttl_s", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), pin_ttl_s=ttl_s)) for ttl_s in (-0.5, math.nan, math.inf)),
     ("cache_salt", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), cache_salt="x" * 2000)),
     ("max_tokens", sampled(max_tokens=0)),
     ("max_tokens", sampled(max_tokens=MAX_MODEL_LEN)),
