@@ -44,7 +44,7 @@ STALL_S = 5.0  # a receiver that takes nothing for so long is given up
 PEER_SERVICE = "mobula.cache_store.v1.PeerStore"
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 

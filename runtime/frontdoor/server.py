@@ -149,5 +149,5 @@ def _server_options(config: FrontDoorConfig) -> list[tuple[str, Any]]:
         ("grpc.keepalive_timeout_ms", keepalive_ms),
         ("grpc.http2.ping_timeout_ms", keepalive_ms),  # 60 s unless set, whatever the line before says
         ("grpc.http2.max_pings_without_data", 0),  # no bound: a request that waits sends nothing
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # clients may probe us as well
+        ("grpc.http2.min_ping_interval_without_data_ms", 5000),  # clients may probe us as well
     ]

@@ -220,6 +220,7 @@ def main() -> int:
         world = World(Path(memory), Path(disk))
         soak = Soak(world, arguments.seed)
         try:
+            world.wait_ready()
             soak.run(arguments.seconds)
             soak.settle()
         finally:

@@ -75,7 +75,12 @@ class ChainRunner:
         self._words = self.pool.tensor.view(np.uint64).reshape(NUM_PAGES, BLOCK_SIZE, WORDS)
         progress("chain", 1, 1)
 
-    def execute(self, plan: StepPlan) -> list[RowResult]:
+    is_asynchronous = False
+
+    def launch(self, plan: StepPlan) -> StepPlan:
+        return plan
+
+    def collect(self, plan: StepPlan) -> list[RowResult]:
         for row_id in plan.rows_out:
             self._rows.pop(row_id, None)
         for new in plan.rows_in:

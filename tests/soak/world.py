@@ -31,14 +31,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 class Replica:
     """A replica's process and the thread that reads its lines: they go to `inbox` as (replica, message), its end as (replica, None)."""
 
-    def __init__(self, name: str, store: StoreProcess, inbox: queue.Queue[tuple[Replica, dict[str, Any] | None]]) -> None:
+    def __init__(self, name: str, store: StoreProcess, log: Path, inbox: queue.Queue[tuple[Replica, dict[str, Any] | None]]) -> None:
         self.name, self.open = name, dict[str, dict[str, Any]]()  # requests without an answer
         self.rank = 0  # its pid, once ready
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.soak.replica", name, store.address],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1, cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
+        self._log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.soak.replica", name, store.address],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1, cwd=REPOSITORY,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+            )  # fmt: skip
         self._inbox = inbox
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -46,6 +48,9 @@ class Replica:
     @property
     def is_ready(self) -> bool:
         return self.rank > 0
+
+    def last_words(self) -> str:
+        return self._log.read_text()[-2000:]
 
     def send(self, message: dict[str, Any]) -> None:
         assert self.process.stdin
@@ -84,6 +89,7 @@ class World:
         self.inbox: queue.Queue[tuple[Replica, dict[str, Any] | None]] = queue.Queue()
         self.stores: list[StoreProcess] = []
         self.replicas: list[Replica] = []
+        self._logs = disk
         self.nodes: dict[str, int] = {}  # replica's name -> its node
         self._num_named = 0
         for number in range(2):
@@ -97,11 +103,18 @@ class World:
         for node in (0, 0, 1):
             self.start_replica(node)
 
+    def wait_ready(self) -> None:
+        """RuntimeError, with what it said last, when a replica cannot start."""
+        wait_for(lambda: all(each.is_ready or each.process.poll() is not None for each in self.replicas), START_TIMEOUT_S)
+        for replica in self.replicas:
+            if not replica.is_ready:
+                raise RuntimeError(f"{replica.name} does not start: {replica.last_words()}")
+
     def start_replica(self, node: int) -> None:
         self._num_named += 1
         name = f"replica-{self._num_named}"
         self.nodes[name] = node
-        self.replicas.append(Replica(name, self.stores[node], self.inbox))
+        self.replicas.append(Replica(name, self.stores[node], self._logs / f"{name}.log", self.inbox))
 
     def replace(self, dead: Replica) -> None:
         """A replica that has ended gets a successor on the same node."""
