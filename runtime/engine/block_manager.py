@@ -158,6 +158,11 @@ class BlockManager:
     def page_of(self, key: BlockKey) -> int | None:
         return self._index.get(key)
 
+    def published_as(self, key: BlockKey) -> Published | None:
+        """What the page of that key holds; None where there is none."""
+        page = self._index.get(key)
+        return None if page is None else self._published[page]
+
     def num_pins(self, page: int) -> int:
         return self._pins[page]
 

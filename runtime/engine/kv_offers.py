@@ -6,7 +6,7 @@ A published block waits in the queue unpinned: where its page is evicted first, 
 
 and pins its pages only while COPYING. One batch reserves at a time and batches commit in order, so that the store always hears of parents
 first. Blocks that came from the store are not offered, unless the store was lost: after every attachment all published blocks are offered,
-and it says which it has.
+and it says which it has. Nor are the parents of a block that it has evicted: what pages hold would push out of it what they do not.
 """
 
 from __future__ import annotations
@@ -97,6 +97,16 @@ class KvOffers:
     def published(self, block: Published, from_store: bool) -> None:
         if not from_store and self._port.state is StoreState.READY:
             self._queue[block.key] = _Offer(block)
+
+    def offer_again(self, key: BlockKey) -> None:
+        """Offers a block and those before it, as far as pages hold them and they are not on their way."""
+        chain = []
+        while (block := self._blocks.published_as(key)) is not None:
+            if not self.is_pending(key):
+                chain.append(block)
+            key = block.parent
+        for block in reversed(chain):
+            self.published(block, from_store=False)
 
     def evicted(self, key: BlockKey) -> None:
         if self._queue.pop(key, None) or self._delayed.pop(key, None):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cache_store.keys import BlockKey
-from runtime.engine.block_manager import BlockManager, Published
+from runtime.engine.block_manager import BlockManager
 from runtime.engine.config import EngineConfig
 from runtime.engine.kv_offers import KvOffers
 from runtime.engine.live import LiveRequest, Phase
@@ -154,14 +154,11 @@ class KvPins:
 
     def _offer(self, wish: _Wish, keys: list[BlockKey], num_found: int) -> bool:
         """Offers the blocks behind those found, as far as pages hold them. False when there is nothing to offer, or it was done before."""
-        if wish.was_offered or num_found >= len(keys) or self._blocks.page_of(keys[num_found]) is None:
+        held = self._blocks.match(keys)
+        if wish.was_offered or held <= num_found:
             return False
         wish.was_offered = True
-        for index in range(num_found, len(keys)):
-            if self._blocks.page_of(keys[index]) is None:
-                break
-            parent = keys[index - 1] if index else wish.request.root
-            self._offers.published(Published(keys[index], parent, index), from_store=False)
+        self._offers.offer_again(keys[held - 1])
         return True
 
     def _pinned(self, wish: _Wish, reply: PinReply | None, now_s: float) -> None:

@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from cache_store.client import StoreClient
@@ -50,13 +51,16 @@ class Soak:
         self._expected: dict[str, list[int]] = {}
         self._orphans: list[dict[str, object]] = []  # requests whose replica died
 
-    def run(self, seconds: float) -> None:
+    def run(self, seconds: float, progress: Progress) -> None:
         deadline_s = time.monotonic() + seconds
+        task = progress.add_task("", total=seconds)
         fault_s = time.monotonic() + 3.0
         peers_s = 0.0
         while (now_s := time.monotonic()) < deadline_s:
             self._submit()
             self._take(0.05)
+            said = f"{self.counts['answered']:,} answered, {self.counts['wrong']} wrong, {self.faults.total()} kills and stops"
+            progress.update(task, completed=seconds - (deadline_s - now_s), description=said)
             if now_s > fault_s:
                 fault_s = now_s + self.rng.uniform(*FAULT_EVERY_S)
                 self._do(self.rng.choices(list(FAULTS), list(FAULTS.values()))[0])
@@ -221,7 +225,8 @@ def main() -> int:
         soak = Soak(world, arguments.seed)
         try:
             world.wait_ready()
-            soak.run(arguments.seconds)
+            with Progress(console=console) as progress:
+                soak.run(arguments.seconds, progress)
             soak.settle()
         finally:
             world.close()

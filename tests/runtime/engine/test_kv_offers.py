@@ -162,6 +162,20 @@ def test_a_block_written_elsewhere_is_offered_again_later() -> None:
     assert bench.offers.num_dropped == 2
 
 
+def test_offered_again_with_all_before_it_parents_first() -> None:
+    bench = OfferBench()
+    bench.compute("a", 13)
+    keys = [block.key for block in bench.blocks.published()]
+    bench.reserve(STORED, STORED, STORED)
+    bench.offers.offer_again(keys[1])
+    bench.offers.offer_again(keys[2])
+    bench.advance()
+    again = bench.reserve(RESERVED, RESERVED, RESERVED)
+    assert isinstance(again, Reserve)
+    assert again.keys == keys
+    assert len(bench.copies) == 3
+
+
 def test_a_full_store_drops_the_offer() -> None:
     bench = OfferBench()
     bench.compute("a", 9)

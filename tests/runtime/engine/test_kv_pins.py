@@ -121,7 +121,7 @@ def test_what_the_store_has_lost_is_offered_once_more() -> None:
     bench.answer(Lookup, Found(1, [("dram", 1)]))
     bench.go(1.0)
     ticket, question = bench.port.asked[0]
-    assert (question.keys, question.parents, question.first) == (keys[1:], keys[:1], [False])  # type: ignore[union-attr]
+    assert (question.keys, question.parents[1:], question.first) == (keys, keys[:1], [True, False])  # type: ignore[union-attr]
     assert ticket
     bench.store_all()
     bench.go(1.0)
