@@ -115,8 +115,8 @@ class Store:
         self._num_misses += len(keys) - len(blocks)
         if not blocks:
             return Pinned(0, [])
-        self.tier.touch(blocks)
         self.tier.pin(blocks)
+        self.tier.touch(blocks)  # last: the policy hears of it at the next call, not in this one
         lease = ReadLease(next(self._lease_ids), session, blocks)
         session.reads[lease.lease_id] = lease
         self._deadlines.add(self._deadline_s(ttl_s), lease)

@@ -22,6 +22,7 @@ from cache_store.eviction.shadows import NUM_CLASSES, Candidates, Entry, Leader,
 
 GHOSTS_PER_BLOCK = 3
 SAMPLES_PER_ACCESS = 2  # blocks whose age is sampled, in turn, to learn how much time is spent at which age
+MAX_SAMPLES = 256  # of a run; of a longer one each counts for more
 LEARN_EVERY = 250  # accesses, and then of one class
 FADE_EVERY = 3  # accesses per known key
 
@@ -55,7 +56,8 @@ class HitDensity:
         if entry.parent is not None and not entry.parent.had_child:
             entry.parent.had_child = True  # neither cache has it exposed now, so its class may change
             entry.parent.classify()
-        self._access(entry)
+        self._use(entry)
+        self._sample_ages(1)
         if entry.in_shadow:
             self._shadow.touch(entry)
         else:
@@ -64,9 +66,10 @@ class HitDensity:
     def accessed(self, keys: Iterable[bytes]) -> None:
         self._leader.begin_run(len(self._present))
         missed = []
+        num_before = self._now
         for key in keys:
             entry = self._present[key]
-            self._access(entry)
+            self._use(entry)
             if entry in self._candidates:
                 self._candidates.put(entry)
             if entry.in_shadow:
@@ -75,6 +78,7 @@ class HitDensity:
                 missed.append(entry)
         for entry in reversed(missed):  # parents first
             self._shadow.insert(entry, len(self._present))
+        self._sample_ages(self._now - num_before)
 
     def exposed(self, key: bytes) -> None:
         entry = self._present[key]
@@ -103,15 +107,20 @@ class HitDensity:
             return self._least_worth(coldest).key
         return min(coldest, key=_last).key
 
-    def _access(self, entry: Entry) -> None:
+    def _use(self, entry: Entry) -> None:
         self._leader.see(entry, len(self._present))
         self._now = now = self._now + 1
         if entry.count:
             self._rates.used(entry.of_class, now - entry.last)
         entry.used(now)
-        known = self._known
-        time = len(known) / SAMPLES_PER_ACCESS
-        for _ in range(SAMPLES_PER_ACCESS):
+
+    def _sample_ages(self, num_accesses: int) -> None:
+        """Of known blocks, after so many accesses: together they have spent that much time, each at its age."""
+        known, now = self._known, self._now
+        num_samples = min(MAX_SAMPLES, num_accesses * SAMPLES_PER_ACCESS)
+        if num_samples:
+            time = num_accesses * len(known) / num_samples
+        for _ in range(num_samples):
             self._hand = (self._hand + 1) % len(known)
             sample = known[self._hand]
             self._rates.spent(sample.of_class, now - sample.last, time)

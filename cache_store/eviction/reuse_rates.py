@@ -46,9 +46,12 @@ class ReuseRates:
         self._time = [[0.0] * NUM_BUCKETS for _ in range(num_classes)]
         self.worth = [[1.0 / middle for middle in MIDDLES] for _ in range(num_classes)]  # by class and bucket; as last learned
         self._next_class = 0
+        self._last_age = self._last_bucket = 0
 
     def used(self, of_class: int, age: int) -> None:
-        self._uses[of_class][bucket_of(age)] += 1.0
+        if age != self._last_age:  # blocks that were used together before have the same
+            self._last_age, self._last_bucket = age, bucket_of(age)
+        self._uses[of_class][self._last_bucket] += 1.0
 
     def spent(self, of_class: int, age: int, time: float) -> None:
         """Blocks of a class have together spent that time at that age."""

@@ -35,7 +35,8 @@ class Entry:
     def used(self, now: int) -> None:
         self.last = now
         self.count += 1
-        self.classify()
+        if self.count <= MAX_COUNT:  # later uses change no class
+            self.classify()
 
     def classify(self) -> None:
         self.of_class = 2 * min(self.count, MAX_COUNT) + self.had_child

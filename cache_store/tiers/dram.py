@@ -19,6 +19,7 @@ from cache_store.eviction import EVICTION, EvictionPolicy
 from cache_store.slots import Extent, Slot, SlotSpace
 from cache_store.tiers.base import TierBlock
 
+MAX_UNTOLD = 16  # runs of used blocks that a policy may not have heard of
 AGE_BOUNDS_S = (1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 43200.0)
 
 
@@ -60,6 +61,9 @@ class SlotTier:
         self._max_block_bytes = max_block_bytes
         self._make_policy = EVICTION[eviction]
         self._policies: dict[int, EvictionPolicy] = {}  # by slot size
+        self._untold: list[
+            list[Block]
+        ] = []  # used, and the policy has not heard of it: whoever waits for these blocks need not wait for that
         self._clock = clock
         self._on_stored, self._on_removed = on_stored, on_removed
 
@@ -86,7 +90,9 @@ class SlotTier:
         for block in blocks:
             assert block.slot
             block.accessed_s = block.slot.extent.last_access_s = now_s
-        self._policy(blocks[0]).accessed([block.key for block in reversed(blocks)])
+        self._untold.append(list(blocks))
+        if len(self._untold) > MAX_UNTOLD:
+            self._tell()
 
     def pin(self, blocks: Iterable[Block]) -> None:
         """Keeps visible blocks from eviction. Pins add up."""
@@ -168,6 +174,7 @@ class SlotTier:
 
     def victim(self, num_bytes: int) -> Block | None:
         """The block that would go next for one of `num_bytes`, if any may."""
+        self._tell()
         policy = self._policies.get(self.slots.slot_bytes(num_bytes))
         key = policy.victim() if policy is not None else None
         return self.index[key] if key is not None else None
@@ -219,7 +226,15 @@ class SlotTier:
             problems.append("has a child that does not know it")
         return problems
 
+    def _tell(self) -> None:
+        """What was used comes before anything else that a policy hears."""
+        untold, self._untold = self._untold, []
+        for blocks in untold:
+            self._policies[self.slots.slot_bytes(blocks[0].num_bytes)].accessed([block.key for block in reversed(blocks)])
+
     def _policy(self, block: Block) -> EvictionPolicy:
+        if self._untold:
+            self._tell()
         size = self.slots.slot_bytes(block.num_bytes)
         policy = self._policies.get(size)
         if policy is None:

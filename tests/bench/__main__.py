@@ -23,6 +23,8 @@ NAMES = ("scheduler_bench", "dispatch_bench", "store_bench", "peer_bench", "evic
 
 def main(arguments: list[str]) -> int:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)  # a file holds lines of any length
     names = [argument for argument in arguments if argument != "--record"]
     rows: list[Measured] = []
     for name in names or list(NAMES):
@@ -47,7 +49,7 @@ def show(rows: list[Measured], console: Console) -> None:
         missed, regressed = missed + (not row.ok), regressed + bool(worse)
         before = record["rows"].get(row.key)
         verdict = " ".join(filter(None, (("ok" if row.ok else "missed") if row.budget != "printed" else "", worse)))
-        ratio = f"{entry.ratio:.3g} of {entry.of}"
+        ratio = f"{entry.ratio:.3g} of {entry.of}" if entry.of else ""
         table.add_row(row.name, f"{row.value:.4g} {row.unit}", row.budget, verdict, ratio, f"{before['ratio']:.3g}" if before else "")
     console.print(table)
     console.print(f"{missed} missed, {regressed} regressed" if missed or regressed else "all budgets met, nothing regressed")

@@ -51,7 +51,7 @@ class Measured(NamedTuple):
 
     row: Row
     ratio: float
-    of: str
+    of: str  # empty: `ratio` is the value, which hangs on no machine's speed
 
     def verdict(self, recorded: dict[str, Any]) -> str:
         """Against the recorded ratio: empty, or how far it has regressed."""
@@ -82,9 +82,12 @@ def measured(rows: Sequence[Row | tuple[Any, ...]], loop_s: float) -> list[Measu
             found.append(Measured(row, row.value, row.unit.strip("x% ").removeprefix("of ")))
         elif row.reference is not None:
             found.append(Measured(row, row.value / row.reference, row.reference_name))
+        elif row.unit in _SECONDS:
+            found.append(Measured(row, row.value * _SECONDS[row.unit] / loop_s, PYTHON_LOOP))
+        elif row.unit.endswith("/s"):
+            found.append(Measured(row, row.value * loop_s, PYTHON_LOOP))
         else:
-            ratio = row.value * loop_s if row.unit.endswith("/s") else row.value * _SECONDS.get(row.unit, 1.0) / loop_s
-            found.append(Measured(row, ratio, PYTHON_LOOP))
+            found.append(Measured(row, row.value, ""))
     return found
 
 
