@@ -202,7 +202,7 @@ async def test_the_deadline_travels_to_the_engine_and_ends_the_request(one: Setu
     call = one.stub.Generate(ids_request([5], max_tokens=4), timeout=0.3)
     error = await status_of(call)
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert 0 < one.engines[0].submitted[0].timeout_s <= 0.3
+    assert 0 < one.engines[0].submitted[0].timeout_s < 0.4  # gRPC rounds up on the wire
     assert await eventually(lambda: one.engines[0].aborted)
 
 
