@@ -76,7 +76,7 @@ class StoreNode:
     async def acquire(self, session_id: str, keys: Sequence[bytes], ttl_s: float, max_wait_s: float) -> Acquired:
         """Pins the leading keys that are in the arena, or come there within `max_wait_s`."""
         session = self.store.session(session_id)
-        if max_wait_s <= 0 or self.store.tier.find(keys, session.layout_digest) == len(keys):
+        if max_wait_s <= 0 or self.store.tier.find(keys[-1:], session.layout_digest):  # the arena has what is before a block as well
             pinned = self.store.acquire(session_id, keys, ttl_s)
             return self._acquired(session, pinned, keys, Brought())
         async with self._bringing(session, keys, max_wait_s) as brought:

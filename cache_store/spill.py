@@ -9,7 +9,7 @@ Every block would be written once anyhow, at its eviction; writing it at once al
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cache_store.blocks import Block, BlockState
@@ -44,10 +44,6 @@ class Spiller:
     def num_queued(self) -> int:
         return len(self._queue)
 
-    @property
-    def is_idle(self) -> bool:
-        return not self._queue and self._loan is None
-
     def stored(self, key: bytes) -> None:
         """A block became visible."""
         if len(self._queue) < MAX_QUEUED:
@@ -65,7 +61,7 @@ class Spiller:
         """Starts the next batch, if none is under way."""
         if self._loan is not None or self._closed or not self._disk.is_restored:
             return
-        batch: list[Block] = []
+        batch: dict[Block, None] = {}
         num_bytes = 0
         limit = min(MAX_BATCH_BYTES, int(MAX_PINNED_SHARE * self._dram.arena.num_bytes))
         while self._queue and num_bytes < limit:
@@ -73,11 +69,11 @@ class Spiller:
             del self._queue[key]
             block = self._dram.index.get(key)
             if block is not None and block.state is BlockState.STORED and not self._disk.find([key], block.layout):
-                missing = self._missing_chain(block)
-                batch += [each for each in missing if each not in batch]
+                missing = self._missing_chain(block, batch)
+                batch.update(dict.fromkeys(missing))
                 num_bytes += sum(each.num_bytes for each in missing)
         if batch:
-            self._loan = self._errands.lend(batch)
+            self._loan = self._errands.lend(list(batch))
             places = [(block.slot.offset, block.num_bytes) for block in batch if block.slot]
             pending = self._writer.submit(self._write, [_as_tier_block(block) for block in batch], places)
             pending.add_done_callback(self._finished)
@@ -90,10 +86,12 @@ class Spiller:
             self._errands.end_loan(self._loan)
             self._loan = None
 
-    def _missing_chain(self, block: Block) -> list[Block]:
-        """A block and those of its ancestors that are not on disk, first to last."""
-        chain = [block]
-        while (parent := chain[-1].parent) is not None and not self._disk.find([parent.key], parent.layout):
+    def _missing_chain(self, block: Block, batch: Container[Block]) -> list[Block]:
+        """A block and those of its ancestors that are neither on disk nor in the batch, first to last."""
+        chain = [] if block in batch else [block]
+        while chain and (parent := chain[-1].parent) is not None and parent not in batch:
+            if self._disk.find([parent.key], parent.layout):
+                break
             chain.append(parent)
         return chain[::-1]
 

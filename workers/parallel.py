@@ -89,10 +89,6 @@ class Communicator:
         self._group.allgather([list(pieces.unbind(0))], [tensor]).wait()
         return pieces.movedim(0, -2).flatten(-2)
 
-    def barrier(self) -> None:
-        """Returns once every rank has come here."""
-        self.all_reduce(torch.zeros(1, device=self.device))
-
     def close(self) -> None:
         """Destroys the group. Collectives of other ranks that still wait for this one fail."""
         group, self._group = self._group, None

@@ -123,10 +123,9 @@ class Runner:
         if launched.event is not None:
             launched.event.synchronize()
         row_ids, sampled_rows, tokens, _, logprobs, prompt_logprobs = launched
-        if not (logprobs or prompt_logprobs) and len(sampled_rows) == len(row_ids):
-            ordered = dict(zip(sampled_rows, tokens.tolist(), strict=True))
-            return [RowResult(row_id, [ordered[index]]) for index, row_id in enumerate(row_ids)]
         rows_of = dict(zip(sampled_rows, tokens.tolist(), strict=True))
+        if not (logprobs or prompt_logprobs) and len(sampled_rows) == len(row_ids):
+            return [RowResult(row_id, [rows_of[index]]) for index, row_id in enumerate(row_ids)]
         return [
             RowResult(
                 row_id,

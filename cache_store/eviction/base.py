@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -72,7 +73,7 @@ class RankHeap:
         return None
 
 
-class Ranked:
+class Ranked(abc.ABC):
     """A policy of one order: every present block has a rank, and the exposed block of the lowest rank goes first.
 
     A block that becomes exposed late, because its child was evicted, so takes the place that its own rank gives it.
@@ -82,13 +83,13 @@ class Ranked:
         self._ranks: dict[bytes, Any] = {}
         self._exposed = RankHeap()
 
+    @abc.abstractmethod
     def rank(self, key: bytes, parent: bytes | None) -> Any:
         """Of a block that is admitted."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def rank_again(self, key: bytes) -> Any:
         """Of a block that is accessed."""
-        raise NotImplementedError
 
     def admitted(self, key: bytes, parent: bytes | None = None) -> None:
         self._ranks[key] = self.rank(key, parent)
