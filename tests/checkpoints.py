@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,6 +108,13 @@ def make_model(family: str, settings: dict[str, Any]) -> Any:
     return model
 
 
+class Expected(NamedTuple):
+    """A greedy answer of transformers."""
+
+    token_ids: list[int]
+    scores: np.ndarray  # log-softmax, [prompt + outputs - 1, vocabulary]
+
+
 class Checkpoints:
     """Folders and oracles by name of `CONFIGS`."""
 
@@ -115,6 +122,7 @@ class Checkpoints:
         self._root = root
         self.folder = functools.cache(self._folder)
         self.oracle = functools.cache(self._oracle)
+        self.expected = functools.cache(self._expected)
 
     def _folder(self, name: str) -> Path:
         folder = self._root / name
@@ -126,6 +134,11 @@ class Checkpoints:
 
         family = CONFIGS[name][0]
         return getattr(transformers, f"{family}ForCausalLM").from_pretrained(self.folder(name), experts_implementation="eager").eval()
+
+    def _expected(self, name: str, prompt: tuple[int, ...], num_tokens: int) -> Expected:
+        """What `prompt` is answered with, where no best two logits are closer than 1e-3."""
+        token_ids = self.greedy(name, list(prompt), num_tokens, min_gap=1e-3)
+        return Expected(token_ids, self.log_softmax(name, [*prompt, *token_ids[:-1]]))
 
     def log_softmax(self, name: str, tokens: list[int]) -> np.ndarray:
         """[tokens, vocabulary], by transformers."""
@@ -145,3 +158,7 @@ class Checkpoints:
 
 def random_tokens(length: int, seed: int, vocab_size: int = 131) -> list[int]:
     return np.random.RandomState(seed).randint(0, vocab_size, length).tolist()
+
+
+# Longer than the original context of both scaled ropes; the second is a whole number of blocks of 16, whose last one may not be reused.
+PARITY_PROMPTS = (tuple(random_tokens(91, seed=1)), tuple(random_tokens(80, seed=5)))

@@ -6,6 +6,7 @@ Replica.ask --submit--> Engine --plans--> RankGroup --unix sockets--> ranks of t
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
@@ -16,6 +17,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from cache_store.client import StoreClient
+from cache_store.outcomes import StoreStat
+from cache_store.process import StoreProcess
 from runtime.engine.config import EngineConfig
 from runtime.engine.engine import Engine
 from runtime.engine.frames import Load, RequestOutput
@@ -64,7 +68,8 @@ def worker_config(folder: Path, tp: int = 1, **settings: Any) -> WorkerConfig:
 class Replica:
     """One group of the pool's ranks and the engine over it. Only one at a time may use a pool; `close` gives the ranks back.
 
-    `processes` besides the ranks are registered with the store, which may kill them: never this one.
+    `processes` besides the ranks are registered with the store, which may kill them: never this one. `load_within_s` bounds what a model
+    may take from one sign of progress to the next.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Replica:
         store_address: str | None = None,
         *,
         parts: RankParts = MODEL,
+        load_within_s: float = WAIT_S,
         make_port: Callable[..., RemoteStore] = RemoteStore,
         processes: tuple[tuple[int, int], ...] = (),
         sink: Callable[[dict[int, list[RequestOutput]], Load], None] | None = None,
@@ -83,7 +89,7 @@ class Replica:
         with GroupListener(tp, secret=SECRET) as listener:
             pool.serve(listener.address, tp, SECRET, parts=parts)
             self.group = listener.accept(WAIT_S, check=pool.check)
-        self.group.load(worker, lambda *progress: None, WAIT_S)
+        self.group.load(worker, lambda *progress: None, load_within_s)
         self.info = self.group.info
         self._outputs: dict[str, list[RequestOutput]] = {}
         self._news = threading.Condition()
@@ -181,3 +187,13 @@ def await_true(condition: Callable[[], bool], describe: Callable[[], str], timeo
     while not condition():
         assert time.monotonic() < deadline_s, describe()
         time.sleep(0.005)
+
+
+def ask_store(store: StoreProcess) -> tuple[StoreStat, list[str]]:
+    """What the store counts, and which of its invariants are violated."""
+
+    async def ask() -> tuple[StoreStat, list[str]]:
+        async with StoreClient(store.address, SECRET) as client:
+            return await client.stat(), await client.check()
+
+    return asyncio.run(ask())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors
-from checkpoints import random_tokens
+from checkpoints import PARITY_PROMPTS, Expected
 
 from cache_store.process import StoreProcess
 from runtime.request import CachedTokens
@@ -21,26 +20,10 @@ from workers.step import ALL_LOGPROBS
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 BLOCK_SIZE, VOCAB_SIZE, NUM_OUTPUTS = 16, 131, 32
-# Longer than the original context of both scaled ropes; the second is a whole number of blocks, whose last one may not be reused.
-PROMPTS = (tuple(random_tokens(91, seed=1)), tuple(random_tokens(5 * BLOCK_SIZE, seed=5)))
+PROMPTS = PARITY_PROMPTS
 # With two KV heads, llama-tied-bias lets the ranks of TP=4 share heads.
 CASES = [*((name, tp) for name in ("llama", "deepseek") for tp in (1, 2, 4)), ("llama-tied-bias", 4)]
 NOTHING = CachedTokens(0, 0, 0, 0)
-
-
-class Expected(NamedTuple):
-    token_ids: list[int]
-    scores: np.ndarray  # [prompt + outputs - 1, vocabulary]
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoints: Any) -> Callable[[str, tuple[int, ...]], Expected]:
-    @functools.cache
-    def by_transformers(name: str, prompt: tuple[int, ...]) -> Expected:
-        token_ids = checkpoints.greedy(name, list(prompt), NUM_OUTPUTS, min_gap=1e-3)
-        return Expected(token_ids, checkpoints.log_softmax(name, [*prompt, *token_ids[:-1]]))
-
-    return by_transformers
 
 
 def check(answer: Answer, expected: Expected, cached: CachedTokens, *, first_position: int = 0) -> None:
@@ -72,7 +55,6 @@ def test_the_latent_checkpoint_sets_every_trap(checkpoints: Any) -> None:
 @pytest.mark.parametrize(("name", "tp"), CASES)
 def test_cold_from_pages_and_from_the_store(
     checkpoints: Any,
-    expected: Callable[[str, tuple[int, ...]], Expected],
     pool: RankPool,
     start_store: Callable[..., StoreProcess],
     name: str,
@@ -88,7 +70,12 @@ def test_cold_from_pages_and_from_the_store(
         for request_id, prompt in zip(request_ids, PROMPTS, strict=True):
             reused = {tier: (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE} if tier else {}
             first_position = len(prompt) - 1 if tier else 0
-            check(replica.answer(request_id), expected(name, prompt), NOTHING._replace(**reused), first_position=first_position)
+            check(
+                replica.answer(request_id),
+                checkpoints.expected(name, prompt, NUM_OUTPUTS),
+                NOTHING._replace(**reused),
+                first_position=first_position,
+            )
 
     with Replica(pool, worker, store.address, max_num_batched_tokens=37) as replica:
         ask_both(replica, None)
@@ -100,7 +87,7 @@ def test_cold_from_pages_and_from_the_store(
         first_scored = 3 * BLOCK_SIZE + 1  # reuse stops before the logits that score it
         answer = replica.ask(PROMPTS[0], 1, SCORED._replace(prompt_logprobs_start=first_scored))
         assert answer.cached == NOTHING._replace(pages=3 * BLOCK_SIZE)
-        scores = expected(name, PROMPTS[0]).scores[first_scored - 1 : len(PROMPTS[0])]
+        scores = checkpoints.expected(name, PROMPTS[0], NUM_OUTPUTS).scores[first_scored - 1 : len(PROMPTS[0])]
         np.testing.assert_allclose(answer.scores(VOCAB_SIZE), scores, atol=1e-4, rtol=0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -12,9 +11,8 @@ from typing import Any
 import pytest
 from checkpoints import random_tokens
 
-from cache_store.client import StoreClient
 from cache_store.process import StoreProcess
-from tests.integration.replicas import SECRET, Replica, worker_config
+from tests.integration.replicas import Replica, ask_store, worker_config
 from workers.kv.layout import page_layout
 from workers.local import RankPool
 from workers.models.config import load_model_config
@@ -80,14 +78,9 @@ def test_few_pages_and_a_small_store_that_evict_all_the_time(
             replica.await_offers()
         assert replica.engine.stats().used_pages == 0
 
-    async def look() -> tuple[int, int, list[str]]:
-        async with StoreClient(store.address, SECRET) as client:
-            stat = await client.stat()
-            return stat.held_slots + stat.leases, stat.evicted_blocks, await client.check()
-
-    num_held, num_evicted, problems = asyncio.run(look())
-    print(f"{name}: {dict(tiers)} prompt tokens by tier, {num_evicted} blocks evicted from the store")
-    assert (num_held, problems) == (0, [])
-    assert num_evicted > 0
+    stat, problems = ask_store(store)
+    print(f"{name}: {dict(tiers)} prompt tokens by tier, {stat.evicted_blocks} blocks evicted from the store")
+    assert (stat.held_slots, stat.leases, problems) == (0, 0, [])
+    assert stat.evicted_blocks > 0
     assert tiers["pages"] > 0
     assert tiers["dram"] > 0
