@@ -68,12 +68,9 @@ def shards_of(tensors: Sequence[Tensor], shard_bytes: int) -> list[list[Tensor]]
 def is_complete(folder: Path, raw: dict[str, Any]) -> bool:
     """Whether `folder` holds a checkpoint of the config `raw`, written to the end."""
     try:
-        index = json.loads((folder / INDEX).read_text())
-        files = set(index["weight_map"].values())
-        return bool(
-            json.loads((folder / "config.json").read_text()) == raw
-            and sum((folder / name).stat().st_size for name in files) >= index["metadata"]["total_size"]
-        )
+        sizes = json.loads((folder / INDEX).read_text())["metadata"]["file_bytes"]
+        is_whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return is_whole and bool(json.loads((folder / "config.json").read_text()) == raw)
     except (OSError, ValueError, KeyError):
         return False
 
@@ -95,14 +92,15 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], shard_bytes: int = SHARD
     shards = shards_of(tensors, shard_bytes)
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = [folder / name for name in names]
     with ThreadPoolExecutor(min(MAX_THREADS, len(shards))) as threads:
-        paths = [folder / name for name in names]
         for path, num_bytes in zip(paths, threads.map(_write_shard, paths, shards, [device] * len(shards)), strict=True):
             seconds = time.perf_counter() - began_s
             print(f"  {path.name}: {num_bytes / 1e9:.2f} of {total_bytes / 1e9:.1f} GB at {seconds:.1f} s", file=sys.stderr, flush=True)
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     scratch = folder / f"{INDEX}.part"
-    scratch.write_text(json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}))
+    metadata = {"total_size": total_bytes, "file_bytes": {path.name: path.stat().st_size for path in paths}}
+    scratch.write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}))
     os.replace(scratch, folder / INDEX)
     return time.perf_counter() - began_s
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import secrets
 import sys
 import threading
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from cache_store.config import StoreConfig
-from cache_store.keys import hash_fields
+from cache_store.keys import Layout, hash_fields
 from cache_store.process import StoreProcess
 from runtime.engine.config import EngineConfig
 from runtime.engine.engine import Engine, EngineRequest
 from runtime.engine.frames import Load, RequestOutput
-from runtime.engine.store_port import RemoteStore, StorePort, StoreState
+from runtime.engine.store_port import RemoteStore, StoreState
 from tests.bench.gpu_shapes import MAX_MODEL_LEN
 from tests.bench.gpu_workloads import POOL_TOKENS, Answer, Prompt
 from workers.config import WorkerConfig
@@ -44,12 +45,26 @@ class PendingAnswer(Answer):
     done: threading.Event = field(default_factory=threading.Event)
 
 
+class LateStore(RemoteStore):
+    """The port to a store that the engine hears of only after `attach`."""
+
+    def __init__(self, address: str, secret: str) -> None:
+        super().__init__(address, secret, "bench")
+        self._starts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def start(self, layout: Layout, processes: Sequence[tuple[int, int]], wake: Callable[[], None]) -> None:
+        self._starts.put(lambda: RemoteStore.start(self, layout, processes, wake))
+
+    def attach(self) -> None:
+        self._starts.get(timeout=SETTLE_TIMEOUT_S)()
+
+
 class GpuEngine:
     """A System. `engine` is there once the group has loaded."""
 
-    def __init__(self, store: StoreProcess | None) -> None:
+    def __init__(self, port: LateStore | None) -> None:
         self.engine: Engine
-        self._store = store
+        self._port = port
         self._is_attached = False
         self._answers: dict[str, PendingAnswer] = {}
         self._num_requests = 0
@@ -90,8 +105,8 @@ class GpuEngine:
         return seconds, answers
 
     def attach_store(self) -> None:
-        if self._store is not None and not self._is_attached:
-            self._store.start(STORE_START_TIMEOUT_S)
+        if self._port is not None and not self._is_attached:
+            self._port.attach()
             _await(lambda: self.engine.stats().store_state == StoreState.READY)
             self._is_attached = True
             self.settle()  # what pages hold already is offered now
@@ -113,30 +128,32 @@ def _await(condition: Callable[[], bool]) -> None:
 def serving(folder: Path, load_format: str) -> Iterator[GpuEngine]:
     """With as many pages as the card holds, and no store."""
     worker = WorkerConfig(str(folder), load_format=load_format, device=DEVICE, max_model_len=MAX_MODEL_LEN)
-    with _running(worker, None, None) as system:
+    with _running(worker, None) as system:
         yield system
 
 
 @contextlib.contextmanager
 def storing(folder: Path, load_format: str) -> Iterator[GpuEngine]:
-    """With pages for POOL_TOKENS, and a store that is started by `attach_store`; until then the engine looks for it in vain."""
+    """With pages for POOL_TOKENS, and a store that `attach_store` makes known."""
     config = load_model_config(folder)
     layout = page_layout(config, block_size=None, dtype=config.dtype, tensor_parallel_size=1, rank=0)
     pool_bytes = POOL_TOKENS // layout.block_size * layout.page_bytes
     worker = WorkerConfig(str(folder), load_format=load_format, device=DEVICE, max_model_len=MAX_MODEL_LEN, kv_memory_bytes=pool_bytes)
     secret = secrets.token_hex(8)
     with StoreProcess(StoreConfig(memory_bytes=STORE_BYTES, secret=secret)) as store:
-        with RemoteStore(store.address, secret, "bench") as port, _running(worker, port, store) as system:
+        address = store.start(STORE_START_TIMEOUT_S)
+        port = LateStore(address, secret)
+        with port, _running(worker, port) as system:
             yield system
 
 
 @contextlib.contextmanager
-def _running(worker: WorkerConfig, port: StorePort | None, store: StoreProcess | None) -> Iterator[GpuEngine]:
+def _running(worker: WorkerConfig, port: LateStore | None) -> Iterator[GpuEngine]:
     secret = secrets.token_hex(8)
     with GroupListener(1, secret=secret) as listener, spawn_ranks(listener.address, 1, secret) as ranks:
         with listener.accept(120.0, ranks.check) as group:
             group.load(worker, _Phases().show, LOAD_TIMEOUT_S)
-            system = GpuEngine(store)
+            system = GpuEngine(port)
             system.engine = Engine(EngineConfig(), group, port, system.deliver, digest=_digest if port is not None else None)
             thread = threading.Thread(target=system.engine.run, name="engine")
             thread.start()

@@ -62,6 +62,7 @@ def run(system: Any, workloads: Workloads, names: list[str], outcome: Outcome, c
     for name in names:
         if clock.is_over:
             outcome.found["skipped"].append(name)
+            outcome.write()
             say(f"{name} is skipped: the budget is spent")
             continue
         workload: Callable[[], Figures] = getattr(workloads, name)

@@ -73,7 +73,8 @@ class Session:
         ]
         for system, kinds in entry["systems"].items():
             for outcome in kinds.values():
-                lines += [f"{LABELS[system]}: {name} is skipped: the budget is spent" for name in outcome["skipped"]]
+                if outcome["skipped"]:
+                    lines.append(f"{LABELS[system]}: skipped, as the budget is spent: {', '.join(outcome['skipped'])}")
                 lines += [f"{LABELS[system]}: {name} failed: {reason}" for name, reason in outcome["failed"].items()]
         return "\n".join(lines)
 
