@@ -21,7 +21,7 @@ def draw_chart(lines: Mapping[str, Line], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit(
-            f"{path} is not drawn: matplotlib is missing (pip install matplotlib); --draw draws it later from the JSON"
+            f"{path} is not drawn: matplotlib is missing (pip install matplotlib); gpu_bench --draw draws it later from its JSON"
         ) from None
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()

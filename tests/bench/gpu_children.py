@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 TICK_S = 1.0
 END_GRACE_S = 20.0  # for a child that has all its figures, and for one that is told to end
+GROUP_GRACE_S = 3.0  # for what a child that has ended leaves behind
 MEMORY_TIMEOUT_S = 60.0
 MEMORY_SLACK_MIB = 1024
 
@@ -60,22 +61,21 @@ def run_child(
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Also what the child has left behind."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        deadline_s = time.monotonic() + END_GRACE_S
-        while time.monotonic() < deadline_s and _has_group(process):
-            time.sleep(0.05)
+    """Also what the child has left behind; its dead may stay in the group for long where nobody reaps them."""
+    _signal_group(process, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_GRACE_S)
+    deadline_s = time.monotonic() + GROUP_GRACE_S
+    while _signal_group(process, 0) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    _signal_group(process, signal.SIGKILL)
     process.wait()
 
 
-def _has_group(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()  # reaps
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Whether there is still somebody in the group. 0 only asks."""
     try:
-        os.killpg(process.pid, 0)
+        os.killpg(process.pid, number)
     except ProcessLookupError:
         return False
     return True
