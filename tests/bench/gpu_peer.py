@@ -25,7 +25,7 @@ ENVIRONMENT = {
 }
 REQUEST_TIMEOUT_S = 300.0
 SETTLE_S = 1.0  # it does not tell when blocks have left the GPU
-OFFLOAD_GIB = 48.0
+OFFLOAD_GIB = 32.0  # holds all that `restore` computes
 
 
 class VllmEngine:
