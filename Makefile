@@ -4,6 +4,7 @@
 # make bench   prints the CPU budgets
 # make soak    ten minutes of requests while engines, peers and stores are killed; SOAK_SECONDS=60 for less
 # make test-gpu, make bench-gpu    the same on a machine with a CUDA device, with the Python of PYTHON
+# make bench-gpu ARGUMENTS="--peer vllm"    beside vLLM, where that is installed
 
 SHELL := bash
 PYTHON ?= python3

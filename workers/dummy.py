@@ -21,14 +21,16 @@ def dummy_weights(model: nn.Module, seed: int, progress: Progress) -> None:
     report = ProgressReport(progress, sum(parameter.data[part.target].nbytes for _, part, parameter in wanted_parts(model)))
     for tensor, part, parameter in wanted_parts(model):
         target = parameter.data[part.target]
-        if len(part.shape) == 1:
-            target.fill_(0.0 if tensor.endswith("bias") else 1.0)
-        else:
-            _fill_dummy(target, part, int.from_bytes(hashlib.blake2b(f"{tensor} {seed}".encode(), digest_size=4).digest(), "little"))
+        fill_dummy(target, tensor, part, seed)
         report.add(target.nbytes)
 
 
-def _fill_dummy(target: torch.Tensor, part: Part, key: int) -> None:
+def fill_dummy(target: torch.Tensor, tensor: str, part: Part, seed: int) -> None:
+    """What `part.source` takes of the checkpoint tensor named `tensor`, into `target`."""
+    if len(part.shape) == 1:
+        target.fill_(0.0 if tensor.endswith("bias") else 1.0)
+        return
+    key = int.from_bytes(hashlib.blake2b(f"{tensor} {seed}".encode(), digest_size=4).digest(), "little")
     first_row, last_row = part.source[0].start, part.source[0].stop
     columns = torch.arange(part.source[1].start, part.source[1].stop, dtype=torch.int32, device=target.device)
     step = max(1, _ROWS_BYTES // (4 * max(1, len(columns))))
