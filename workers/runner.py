@@ -62,7 +62,8 @@ class Runner:
             tensor_parallel_size=comm.world_size,
             rank=comm.rank,
         )
-        placement = Placement(comm, getattr(torch, dtype), device)
+        side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        placement = Placement(comm, getattr(torch, dtype), device, side_stream)
         self._comm = comm
         self._vocab_size = model_config.vocab_size
         self._model = build_model(config, model_config, placement, self.max_model_len, progress)

@@ -27,6 +27,7 @@ MERGED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "q_kv_a_proj": ("q_proj", "kv_a_proj_with_mqa"),
 }
 CHUNK_BYTES = 4 << 20  # read at a time by a thread; at least one row
 MAX_THREADS = 8
@@ -42,7 +43,7 @@ def checkpoint_names(name: str, num_parts: int) -> list[str]:
     if kind in ("gate_up_proj", "down_proj"):  # experts: one parameter for all, one tensor per expert
         leaves = MERGED.get(kind, (kind,))
         return [f"{module}.{expert}.{leaf}.weight" for expert in range(num_parts // len(leaves)) for leaf in leaves]
-    return [f"{parent}.{leaf}.{kind}" for leaf in MERGED.get(leaf, (leaf,))][:num_parts] if parent else [name]
+    return [f"{parent}.{leaf}.{kind}" for leaf in MERGED.get(leaf, (leaf,))][-num_parts:] if parent else [name]
 
 
 def wanted_parts(model: nn.Module) -> Iterator[tuple[str, Part, nn.Parameter]]:

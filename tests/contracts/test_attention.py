@@ -202,7 +202,7 @@ def test_mla(name, num_heads, block_size, workspace_bytes, monkeypatch):
             results = []
             for each in (backend, reference):
                 each.write_mla(layer, latent_TP)
-                absorbed = each.mla_absorbed(layer, q_TNP, range(split)) if split else None
+                absorbed = each.mla_absorbed(layer, *q_TNP.split([latent_dim, rope_dim], dim=-1), range(split)) if split else None
                 plain = each.mla_plain(layer, q_TND, up_OC, value_dim, range(split, batch.num_rows)) if split < batch.num_rows else None
                 results.append([out for out in (absorbed, plain) if out is not None])
             for actual, expected in zip(*results, strict=True):

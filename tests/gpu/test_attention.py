@@ -108,12 +108,13 @@ def test_mla(num_heads, monkeypatch):
         reference.begin(batch)
         for layer in range(NUM_LAYERS):
             latents = torch.randn(batch.query_starts[-1], latent + rope, device=CUDA, dtype=torch.bfloat16)
-            q = torch.randn(first_plain, num_heads, latent + rope, device=CUDA, dtype=torch.bfloat16)
+            q = torch.randn(num_heads, first_plain, latent, device=CUDA, dtype=torch.bfloat16).transpose(0, 1)  # as a model has it
+            q_rope = torch.randn(first_plain, num_heads, nope + rope, device=CUDA, dtype=torch.bfloat16)[..., nope:]
             plain_q = torch.randn(batch.query_starts[-1] - first_plain, num_heads, nope + rope, device=CUDA, dtype=torch.bfloat16)
             for each in (backend, reference):
                 each.write_mla(layer, latents)
             if split:
-                near(backend.mla_absorbed(layer, q, range(split)), reference.mla_absorbed(layer, q, range(split)))
+                near(backend.mla_absorbed(layer, q, q_rope, range(split)), reference.mla_absorbed(layer, q, q_rope, range(split)))
             if split < len(rows):
                 plain = range(split, len(rows))
                 near(backend.mla_plain(layer, plain_q, up, value, plain), reference.mla_plain(layer, plain_q, up, value, plain))
@@ -133,7 +134,7 @@ def test_captured_batches_follow_new_lengths(is_mla):
     backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
 
     def run(each):
-        return each.mla_absorbed(1, q, range(4)) if is_mla else each.gqa(1, q)
+        return each.mla_absorbed(1, q[..., :512], q[..., 512:], range(4)) if is_mla else each.gqa(1, q)
 
     rng = np.random.RandomState(0)
     backend.reserve_graph(4, 4096)
@@ -170,8 +171,8 @@ def test_pages_beyond_32_bits(is_mla):
     for each in (backend, reference):
         each.begin(batch)
     if is_mla:
-        q = torch.randn(66, 16, 576, device=CUDA, dtype=torch.bfloat16)
-        near(backend.mla_absorbed(26, q, range(2)), reference.mla_absorbed(26, q, range(2)))
+        q, rope = torch.randn(66, 16, 576, device=CUDA, dtype=torch.bfloat16).split([512, 64], dim=-1)
+        near(backend.mla_absorbed(26, q, rope, range(2)), reference.mla_absorbed(26, q, rope, range(2)))
         up = torch.randn(16 * 256, 512, device=CUDA, dtype=torch.bfloat16) * 0.05
         plain = torch.randn(65, 16, 192, device=CUDA, dtype=torch.bfloat16)
         near(backend.mla_plain(26, plain, up, 128, range(1, 2)), reference.mla_plain(26, plain, up, 128, range(1, 2)))

@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 
 def near(actual, expected, scale=1.0):
@@ -98,6 +98,33 @@ def test_writes_reach_pages_beyond_32_bits():
     assert torch.equal(pool[pages, :, 31, 1, offsets], values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 17, 33, 64])
+@pytest.mark.parametrize("size", [(4096, 512), (176, 8000), (2048, 100)])
+def test_products_of_few_tokens(dtype, num_tokens, size):
+    from workers.kernels.linear import can_multiply, multiply
+
+    num_inputs, num_outputs = size
+    x = randn(num_tokens, 2 * num_inputs, dtype=dtype)[:, :num_inputs]
+    weight, bias = randn(num_outputs, num_inputs, dtype=dtype) / num_inputs**0.5, randn(num_outputs, dtype=dtype)
+    assert can_multiply(x, weight)
+    expected = F.linear(x.float(), weight.float())
+    near(multiply(x, weight, None), expected)
+    exact = multiply(x, weight, bias, dtype=torch.float32)
+    assert exact.dtype is torch.float32
+    torch.testing.assert_close(exact, expected + bias.float(), rtol=1e-3, atol=1e-3)
+    gate, up = (expected + bias.float()).chunk(2, dim=1)
+    near(multiply(x, weight, bias, gated=True), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 65])
+def test_scores_of_experts(num_tokens):
+    from workers.kernels.experts import score_experts
+
+    x, weight = randn(num_tokens, 1100, dtype=torch.bfloat16), randn(70, 1100)
+    torch.testing.assert_close(score_experts(x, weight), (x.double() @ weight.double().T).float(), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("sigmoid", [True, False])
 @pytest.mark.parametrize(("num_groups", "kept", "num_experts", "chosen"), [(1, 1, 64, 6), (8, 4, 256, 8)])
 def test_choice_of_experts(sigmoid, num_groups, kept, num_experts, chosen):
@@ -136,7 +163,7 @@ def test_experts(dtype, num_tokens):
     order, starts = group_pairs(experts, num_experts)
     assert torch.equal(order.long(), experts.flatten().argsort(stable=True))
     assert starts.tolist() == [0, *torch.bincount(experts.flatten(), minlength=num_experts).cumsum(0).tolist()]
-    out = run_experts(x, experts, weights, gate_up, down, shared)
+    out = run_experts(x, experts, weights, gate_up, down, lambda: shared)
     expected = shared.float()
     for expert in range(num_experts):
         token, rank = (experts == expert).nonzero(as_tuple=True)

@@ -160,8 +160,9 @@ class AttentionBackend(abc.ABC):
         """Stores normed latents with rotated rope keys behind them."""
 
     @abc.abstractmethod
-    def mla_absorbed(self, layer: int, q_TNP: torch.Tensor, rows: range) -> torch.Tensor:
-        """Attention of the tokens of `rows` over the latents themselves, [T, N, C]. `q_TNP`: queries taken into the latent space."""
+    def mla_absorbed(self, layer: int, q_TNC: torch.Tensor, rope_TNR: torch.Tensor, rows: range) -> torch.Tensor:
+        """Attention of the tokens of `rows` over the latents themselves, [T, N, C]. Queries taken into the latent space, and their rope
+        part."""
 
     @abc.abstractmethod
     def mla_plain(self, layer: int, q_TND: torch.Tensor, up_OC: torch.Tensor, value_dim: int, rows: range) -> torch.Tensor:

@@ -270,7 +270,7 @@ class FlashInferAttention(AttentionBackend):
     def write_mla(self, layer: int, latent_TP: torch.Tensor) -> None:
         self.pool.tensor[self.batch.pages, layer, self.batch.offsets] = latent_TP
 
-    def mla_absorbed(self, layer: int, q_TNP: torch.Tensor, rows: range) -> torch.Tensor:
+    def mla_absorbed(self, layer: int, q_TNC: torch.Tensor, rope_TNR: torch.Tensor, rows: range) -> torch.Tensor:
         planned = self._active
         if planned is None:
             assert self._absorbed
@@ -278,8 +278,7 @@ class FlashInferAttention(AttentionBackend):
             if self._planned_rows != rows:
                 self._plan_mla(planned, rows)
                 self._planned_rows = rows
-        latent_dim = self.shape.latent_dim
-        return planned.wrapper.run(q_TNP[..., :latent_dim], q_TNP[..., latent_dim:], *self._layers[layer])
+        return planned.wrapper.run(q_TNC, rope_TNR, *self._layers[layer])
 
     def mla_plain(self, layer: int, q_TND: torch.Tensor, up_OC: torch.Tensor, value_dim: int, rows: range) -> torch.Tensor:
         if (q_TND.shape[2], value_dim) != _PROJECTED_DIMS:

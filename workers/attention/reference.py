@@ -44,7 +44,8 @@ class ReferenceAttention(AttentionBackend):
     def _latents(self, layer: int, row: int) -> torch.Tensor:
         return self.pool.tensor[self.batch.block_table[row], layer].flatten(0, 1)[: self.batch.seq_lens[row]]
 
-    def mla_absorbed(self, layer: int, q_TNP: torch.Tensor, rows: range) -> torch.Tensor:
+    def mla_absorbed(self, layer: int, q_TNC: torch.Tensor, rope_TNR: torch.Tensor, rows: range) -> torch.Tensor:
+        q_TNP = torch.cat((q_TNC, rope_TNR), dim=-1)
         out_TNC = q_TNP.new_empty((*q_TNP.shape[:2], self.shape.latent_dim))
         base = self.batch.query_starts[rows.start]
         for row in rows:

@@ -159,7 +159,8 @@ class TorchPagedAttention(AttentionBackend):
     def write_mla(self, layer: int, latent_TP: torch.Tensor) -> None:
         self._token_rows[layer * self._block_size :].index_copy_(0, self._write_rows, latent_TP)
 
-    def mla_absorbed(self, layer: int, q_TNP: torch.Tensor, rows: range) -> torch.Tensor:
+    def mla_absorbed(self, layer: int, q_TNC: torch.Tensor, rope_TNR: torch.Tensor, rows: range) -> torch.Tensor:
+        q_TNP = torch.cat((q_TNC, rope_TNR), dim=-1)
         out_TNC = q_TNP.new_empty((*q_TNP.shape[:2], self.shape.latent_dim))
         base = self.batch.query_starts[rows.start]
         if rows.start < self.batch.num_decode_rows:

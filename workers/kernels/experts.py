@@ -11,7 +11,10 @@ T tokens, H hidden, E experts, G groups of experts, K experts per token, I inter
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
 
@@ -20,6 +23,33 @@ from workers.kernels.norm import silu_mul
 _GROUP_BLOCK = 1024
 _MAX_GROUPED_PAIRS = 8192  # beyond, a sort is faster than a pass per expert
 _MANY_PAIRS = 64  # per expert
+_MAX_SCORED_TOKENS = 64  # beyond, a matrix product that reads the weights once is faster
+_SCORED_EXPERTS = 4  # of one program
+
+
+@triton.jit
+def _score(x_ptr, weight_ptr, out_ptr, H, E, x_stride, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    acc = tl.zeros((EXPERTS, BLOCK), tl.float32)
+    for start in range(0, H, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + token * x_stride + at, mask=at < H, other=0.0).to(tl.float32)
+        inside = (expert < E)[:, None] & (at < H)[None, :]
+        acc += x[None, :] * tl.load(weight_ptr + expert[:, None] * H + at[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + token * E + expert, tl.sum(acc, 1), mask=expert < E)
+
+
+def score_experts(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
+    """Logits [T, E] in float32, products and sums too."""
+    (num_tokens, hidden), num_experts = x_TH.shape, len(weight_EH)
+    if num_tokens > _MAX_SCORED_TOKENS:
+        return F.linear(x_TH.float(), weight_EH)
+    out_TE = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x_TH.device)
+    _score[(num_tokens, triton.cdiv(num_experts, _SCORED_EXPERTS))](
+        x_TH, weight_EH, out_TE, hidden, num_experts, x_TH.stride(0), EXPERTS=_SCORED_EXPERTS, BLOCK=1024, num_warps=8
+    )
+    return out_TE
 
 
 @triton.jit
@@ -222,9 +252,9 @@ def run_experts(
     weights_TK: torch.Tensor,
     gate_up_EIH: torch.Tensor,
     down_EHI: torch.Tensor,
-    shared_TH: torch.Tensor | None,
+    shared: Callable[[], torch.Tensor] | None,
 ) -> torch.Tensor:
-    """Weighted sum over each token's experts, plus `shared_TH`. Weights: [E, gate | up, H] and [E, H, I]."""
+    """Weighted sum over each token's experts, plus what `shared` returns, [T, H]. Weights: [E, gate | up, H] and [E, H, I]."""
     num_experts, _, size = down_EHI.shape
     num_pairs = experts_TK.numel()
     order_P, starts = group_pairs(experts_TK, num_experts)
@@ -234,7 +264,7 @@ def run_experts(
         pairs_PH = torch._grouped_mm(inner_PI, down_EHI.transpose(1, 2), offs=starts[1:])
         places_P = torch.empty_like(order_P)
         places_P[order_P] = torch.arange(num_pairs, dtype=torch.int32, device=order_P.device)
-        return _sum(pairs_PH, weights_TK, shared_TH, places_P)
+        return _sum(pairs_PH, weights_TK, shared and shared(), places_P)
     hidden, shape = x_TH.shape[1], _tile(num_pairs / num_experts, x_TH.dtype)
     inner_PI = x_TH.new_empty((num_pairs, size))
     _gate_up[(num_experts, triton.cdiv(size, shape["BLOCK_N"]))](
@@ -246,7 +276,7 @@ def run_experts(
         inner_PI, down_EHI, order_P, starts, weights_TK, pairs_PH, hidden, size,
         BLOCK_P=shape["BLOCK_M"], BLOCK_H=shape["BLOCK_N"], BLOCK_I=shape["BLOCK_K"], num_warps=shape["num_warps"], num_stages=4,
     )  # fmt: skip
-    return _sum(pairs_PH, weights_TK, shared_TH, None)
+    return _sum(pairs_PH, weights_TK, shared and shared(), None)
 
 
 def _tile(pairs_per_expert: float, dtype: torch.dtype) -> dict[str, int]:

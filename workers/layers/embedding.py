@@ -44,5 +44,7 @@ class VocabEmbedding(Matrix):
         return self._comm.all_reduce(rows_TH * mine_T[:, None].to(rows_TH.dtype))
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Scores of the whole vocabulary [T, V] on every rank: each computes its rows', an all-gather joins them."""
-        return self._comm.all_gather(self.multiply(hidden_TH))[:, : self.vocab_size]
+        """Scores of the whole vocabulary [T, V] in float32 on every rank: each computes its rows', an all-gather joins them."""
+        if self._comm.world_size == 1:
+            return self.multiply(hidden_TH, dtype=torch.float32)
+        return self._comm.all_gather(self.multiply(hidden_TH))[:, : self.vocab_size].float()

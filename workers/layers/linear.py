@@ -38,6 +38,8 @@ class ColumnLinear(Matrix):
         self._is_plain = plain
         self.weight = placement.matrix((num_outputs, num_inputs), matrix_parts, to_pack=not plain)
         self.bias = placement.weight((num_outputs,), bias_parts) if any(has_bias) else None
+        if self.bias is not None:
+            self.bias.data.zero_()  # of projections without one
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         return self.multiply(x_TI, self.bias)
@@ -76,7 +78,13 @@ class GatedMlp(nn.Module):
         self.down_proj = RowLinear(placement, share, hidden_size, bias=bias, reduce=reduce)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        gate_up_TI = self.gate_up_proj(x_TH)
+        gate_up = self.gate_up_proj
+        if x_TH.is_cuda:
+            from workers.kernels import linear
+
+            if linear.can_multiply(x_TH, gate_up.weight):
+                return self.down_proj(linear.multiply(x_TH, gate_up.weight, gate_up.bias, gated=True))
+        gate_up_TI = gate_up(x_TH)
         if gate_up_TI.is_cuda:
             from workers.kernels.norm import silu_mul
 

@@ -35,8 +35,7 @@ class MlaAttention(nn.Module):
         queries, ups, values = (Share(heads.total * d, heads.start * d, heads.stop * d) for d in (query_dim, up_dim, mla.v_dim))
         bias = config.attention_bias
         if mla.q_lora_rank is None:
-            self.q_proj = ColumnLinear(placement, config.hidden_size, [queries])
-            self.kv_a_proj_with_mqa = ColumnLinear(placement, config.hidden_size, [whole(latent)], bias=bias)
+            self.q_kv_a_proj = ColumnLinear(placement, config.hidden_size, [queries, whole(latent)], bias=[False, bias])
         else:
             self.qkv_a_proj = ColumnLinear(placement, config.hidden_size, [whole(mla.q_lora_rank), whole(latent)], bias=bias)
             self.q_a_layernorm = RmsNorm(placement, mla.q_lora_rank, _LATENT_NORM_EPS)
@@ -71,7 +70,7 @@ class MlaAttention(nn.Module):
 
     def _project(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._mla.q_lora_rank is None:
-            q, latent_TP = self.q_proj(x_TH), self.kv_a_proj_with_mqa(x_TH)
+            q, latent_TP = self.q_kv_a_proj(x_TH).split(self.q_kv_a_proj.sizes, dim=1)
         else:
             q_a, latent_TP = self.qkv_a_proj(x_TH).split(self.qkv_a_proj.sizes, dim=1)
             q = self.q_b_proj(self.q_a_layernorm(q_a))
@@ -94,6 +93,7 @@ class MlaAttention(nn.Module):
         nope_dim = self._mla.nope_dim
         up_NOC = self.kv_b_proj.weight.view(self._num_heads, -1, self._mla.kv_lora_rank)
         q_NTC = torch.bmm(q_TND[..., :nope_dim].transpose(0, 1), up_NOC[:, :nope_dim])
-        q_TNP = torch.cat((q_NTC.transpose(0, 1), q_TND[..., nope_dim:]), dim=-1)
-        out_TNC = backend.mla_absorbed(self._layer, q_TNP, rows)
-        return torch.bmm(out_TNC.transpose(0, 1), up_NOC[:, nope_dim:].transpose(1, 2)).transpose(0, 1)
+        out_TNC = backend.mla_absorbed(self._layer, q_NTC.transpose(0, 1), q_TND[..., nope_dim:], rows)
+        out_TNV = q_TND.new_empty((*out_TNC.shape[:2], self._mla.v_dim))
+        torch.bmm(out_TNC.transpose(0, 1), up_NOC[:, nope_dim:].transpose(1, 2), out=out_TNV.transpose(0, 1))
+        return out_TNV

@@ -6,6 +6,9 @@ T tokens, H hidden, E experts, G groups of experts, K experts per token, I inter
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
@@ -13,6 +16,9 @@ from torch import nn
 from workers.layers.linear import GatedMlp
 from workers.layers.parameter import Part, Placement
 from workers.models.config import MoeConfig
+
+_MAX_SIDE_TOKENS = 256
+Shared = Callable[[], torch.Tensor]
 
 
 class Router(nn.Module):
@@ -30,12 +36,11 @@ class Router(nn.Module):
     def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts [T, K] (integers) and their weights [T, K]."""
         moe = self._moe
-        logits_TE = F.linear(x_TH.float(), self.weight)
         if x_TH.is_cuda:
-            from workers.kernels.experts import choose_experts
+            from workers.kernels.experts import choose_experts, score_experts
 
             return choose_experts(
-                logits_TE,
+                score_experts(x_TH, self.weight),
                 self.e_score_correction_bias,
                 moe.num_experts_per_token,
                 num_groups=moe.num_groups,
@@ -44,6 +49,7 @@ class Router(nn.Module):
                 normalise=moe.normalise_weights,
                 scale=moe.scaling_factor,
             )
+        logits_TE = F.linear(x_TH.float(), self.weight)
         scores_TE = logits_TE.sigmoid() if moe.scoring == "sigmoid" else logits_TE.softmax(-1)
         choice_TE = scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias
         if moe.num_groups > 1:
@@ -75,14 +81,12 @@ class Experts(nn.Module):
         self.gate_up_proj = placement.matrix((moe.num_experts, 2 * size, hidden_size), gate_up_parts)
         self.down_proj = placement.matrix((moe.num_experts, hidden_size, size), down_parts)
 
-    def forward(
-        self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, shared_TH: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Weighted sum over the chosen experts, plus `shared_TH`."""
+    def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, shared: Shared | None) -> torch.Tensor:
+        """Weighted sum over the chosen experts, plus what `shared` returns, [T, H], which is asked last."""
         if x_TH.is_cuda:
             from workers.kernels.experts import run_experts
 
-            return run_experts(x_TH, experts_TK, weights_TK, self.gate_up_proj, self.down_proj, shared_TH)
+            return run_experts(x_TH, experts_TK, weights_TK, self.gate_up_proj, self.down_proj, shared)
         num_tokens, num_chosen = experts_TK.shape
         flat = experts_TK.flatten()
         order = flat.argsort(stable=True)
@@ -100,11 +104,14 @@ class Experts(nn.Module):
         # Undo the sort and add up per token: unlike adding by index, this sums in one order every time.
         out_TKH = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out).view(num_tokens, num_chosen, -1)
         out_TH = (out_TKH * weights_TK[..., None].to(out_TKH.dtype)).sum(1)
-        return out_TH if shared_TH is None else out_TH + shared_TH
+        return out_TH if shared is None else out_TH + shared()
 
 
 class MoeMlp(nn.Module):
-    """Routed experts plus one shared MLP that every token takes; one all-reduce for both."""
+    """Routed experts plus one shared MLP that every token takes; one all-reduce for both.
+
+    Choosing experts is a row of short kernels that leave a GPU idle: where tokens are few, the shared MLP runs beside it on another stream.
+    """
 
     def __init__(self, moe: MoeConfig, hidden_size: int, placement: Placement, *, bias: bool = False) -> None:
         """`bias`: of the shared MLP; experts have none."""
@@ -114,8 +121,27 @@ class MoeMlp(nn.Module):
         self.experts = Experts(moe, hidden_size, placement)
         shared_size = moe.num_shared_experts * moe.intermediate_size
         self.shared_experts = GatedMlp(placement, hidden_size, shared_size, bias=bias, reduce=False) if shared_size else None
+        self._side_stream = placement.side_stream
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        shared = self._begin_shared(x_TH)
         experts_TK, weights_TK = self.gate(x_TH)
-        shared_TH = self.shared_experts(x_TH) if self.shared_experts is not None else None
-        return self._comm.all_reduce(self.experts(x_TH, experts_TK, weights_TK, shared_TH))
+        return self._comm.all_reduce(self.experts(x_TH, experts_TK, weights_TK, shared))
+
+    def _begin_shared(self, x_TH: torch.Tensor) -> Shared | None:
+        """What returns the shared MLP's part, for work of the current stream."""
+        mlp, side = self.shared_experts, self._side_stream
+        if mlp is None:
+            return None
+        if side is None or len(x_TH) > _MAX_SIDE_TOKENS:
+            return partial(mlp, x_TH)
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            shared_TH = mlp(x_TH)
+
+        def join() -> torch.Tensor:
+            main.wait_stream(side)
+            return shared_TH
+
+        return join

@@ -26,10 +26,18 @@ class Matrix(nn.Module):
     weight: nn.Parameter | None
     _packed: torch.Tensor | None = None
 
-    def multiply(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, O]."""
+    def multiply(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[T, O]. `dtype`: that of the result, where the sum comes in a wider one anyway; else it is rounded first."""
         if self._packed is None:
-            return F.linear(x_TI, self.weight, bias_O)
+            assert self.weight is not None
+            if x_TI.is_cuda:
+                from workers.kernels import linear
+
+                if linear.can_multiply(x_TI, self.weight):
+                    return linear.multiply(x_TI, self.weight, bias_O, dtype=dtype)
+            product_TO = F.linear(x_TI, self.weight, bias_O)
+            return product_TO if dtype is None else product_TO.to(dtype)
+        assert dtype in (None, torch.float32), "only float32 is packed"
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, bias_O, "none", [], "")
         return product
 

@@ -44,6 +44,7 @@ class Placement:
     comm: Communicator
     dtype: torch.dtype
     device: torch.device
+    side_stream: torch.cuda.Stream | None = None  # for what can run beside a layer's main work; None on the CPU
 
     def share(self, total: int) -> Share:
         """This rank's share of a dimension. Where the ranks do not divide it, shares begin at multiples of a granule, so that the matrices

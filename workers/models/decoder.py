@@ -97,4 +97,4 @@ class DecoderModel(nn.Module, abc.ABC):
 
     def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Scores [T, V] in float32, on every rank."""
-        return self.lm_head.logits(self.norm(x_TH)).float()
+        return self.lm_head.logits(self.norm(x_TH))
