@@ -50,7 +50,9 @@ AttentionBackend = Annotated[MaybeStr, typer.Option("--attention-backend", help=
 BlockSize = Annotated[MaybeInt, typer.Option("--block-size", help="Tokens per block: 16 for GQA, 64 for MLA unless given.")]
 MaxModelLen = Annotated[MaybeInt, typer.Option("--max-model-len", help="Longest prompt plus output.")]
 MaxNumSeqs = Annotated[MaybeInt, typer.Option("--max-num-seqs", help="Most requests in one batch.")]
-MaxNumBatchedTokens = Annotated[MaybeInt, typer.Option("--max-num-batched-tokens", help="Most tokens in one step.")]
+MaxNumBatchedTokens = Annotated[
+    MaybeInt, typer.Option("--max-num-batched-tokens", help="Most tokens in one step: 8192 on CUDA, 2048 on the CPU unless given.")
+]
 Seed = Annotated[MaybeInt, typer.Option("--weights-seed", help="Seed of dummy weights.")]
 
 

@@ -57,6 +57,15 @@ def test_requests_from_several_threads_get_their_tokens(start: Start) -> None:
     assert running.engine.check() == []
 
 
+def test_a_group_smaller_than_the_settings_bounds_every_step(start: Start) -> None:
+    """The simulated group judges each plan by its own limits."""
+    running = start(RealtimeGroup(make_info(64, max_model_len=200, max_num_seqs=2, max_num_batched_tokens=5)), max_num_seqs=64)
+    for number in range(6):
+        running.engine.submit(make_request(str(number), [number] * 12, max_tokens=6))
+    for number in range(6):
+        assert running.tokens(str(number)) == expected([number] * 12, 6)
+
+
 def test_an_idle_engine_does_not_spin(start: Start) -> None:
     running = start(idle_poll_s=0.2)
     wait_until(lambda: running.group.num_polls > 0)
