@@ -84,6 +84,10 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
+    max_prompt_tokens_beside_outputs: Annotated[
+        MaybeInt,
+        typer.Option("--max-prompt-tokens-beside-outputs", help="Most prompt tokens in a step that gives running requests a token."),
+    ] = None,
     max_queued_requests: Annotated[MaybeInt, typer.Option("--max-queued-requests", help="Most requests that wait for a replica.")] = None,
     max_queued_tokens: Annotated[MaybeInt, typer.Option("--max-queued-tokens", help="Most prompt tokens that wait for a replica.")] = None,
     max_message_size: Annotated[MaybeStr, typer.Option("--max-message-size", help="Largest gRPC message, e.g. 16MiB.")] = None,

@@ -33,6 +33,7 @@ class EngineConfig:
     # Steps; the group's own limits hold besides
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None  # None: the group's
+    max_prompt_tokens_beside_outputs: int = 768  # of a step that gives a running request a token, so that no prompt holds those up
     pipeline_depth: int = 2  # steps launched before the result of the first is needed
     prefix_caching: bool = True  # False: every prompt token is computed
 
@@ -79,7 +80,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.pipeline_depth not in (1, 2):
             raise ValueError(f"pipeline_depth must be 1 or 2, not {self.pipeline_depth}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens", "max_loading_requests"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_prompt_tokens_beside_outputs",
+            "max_queued_requests",
+            "max_queued_tokens",
+            "max_loading_requests",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")

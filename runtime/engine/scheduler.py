@@ -7,7 +7,8 @@ and `outputs` confirms. What that allows and forbids:
     a preempted request comes back only after the results of its launched steps are in, because their tokens count
     pages of a row that ends are allocatable only after the last launched step that names them (block_manager)
 
-One plan: tokens of running outputs, then prompts that are under way, then admission of waiting requests in the order of arrival.
+One plan: tokens of running outputs, then prompts that are under way, then admission of waiting requests in the order of arrival. Beside
+outputs prompts get a limited share, since every output waits for the whole step.
 """
 
 from __future__ import annotations
@@ -146,6 +147,8 @@ class Scheduler:
             request.num_in_flight += 1
             request.last_step = sequence
         step.budget -= len(rows)
+        if rows:
+            step.budget = min(step.budget, self._config.max_prompt_tokens_beside_outputs)
         return prompts
 
     def _page_for(self, request: LiveRequest, step: _Step) -> int | None:

@@ -297,7 +297,7 @@ def test_step_age_shows_a_group_that_hangs(start: Start) -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    for bad in ({"pipeline_depth": 3}, {"max_num_seqs": 0}, {"copy_timeout_s": 50.0}):
+    for bad in ({"pipeline_depth": 3}, {"max_num_seqs": 0}, {"max_prompt_tokens_beside_outputs": 0}, {"copy_timeout_s": 50.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             EngineConfig(**bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 pages"):

@@ -115,6 +115,60 @@ def test_a_short_prompt_is_not_starved_by_a_long_one() -> None:
     assert steps <= 2
 
 
+def prompt_bench(**config: object) -> Bench:
+    """As an engine is set up on the CPU; prompts of thousands of tokens fit."""
+    return Bench(num_pages=4000, max_model_len=10_000, **{"max_num_batched_tokens": 2048, **config})
+
+
+def test_a_prompt_alone_gets_the_whole_step() -> None:
+    bench = prompt_bench()
+    bench.add("long", 5000)
+    assert [bench.step() for _ in range(4)] == [{"long": 2048}, {"long": 2048}, {"long": 904}, {"long": 1}]
+
+
+def test_a_prompt_beside_outputs_gets_a_part_of_the_step() -> None:
+    bench = prompt_bench()
+    bench.add("running", 4, max_tokens=6)
+    bench.step()
+    bench.add("long", 9000)
+    assert [bench.step() for _ in range(5)] == [{"running": 1, "long": 768}] * 5
+    assert bench.step() == {"long": 2048}, "nobody waits for this step"
+
+
+def test_all_prompts_beside_outputs_share_that_part() -> None:
+    bench = prompt_bench(max_prompt_tokens_beside_outputs=100)
+    bench.add("running", 4, max_tokens=50)
+    bench.step()
+    prompts = [bench.add("long", 2000)]
+    assert bench.step() == {"running": 1, "long": 100}
+    prompts += [bench.add("short", 40), bench.add("next", 300)]
+    assert bench.step() == {"running": 1, "long": 75, "short": 25}, "a quarter for shorter ones, as of any other step"
+    while names := {live.request.request_id for live in prompts if not live.num_outputs}:
+        left = bench.scheduler.num_queued_tokens
+        planned = bench.step() or {}
+        assert planned["running"] == 1
+        assert sum(count for name, count in planned.items() if name in names) == min(100, left)
+
+
+def test_a_preempted_request_is_computed_again_as_a_prompt() -> None:
+    bench = Bench(num_pages=300, max_num_batched_tokens=200, max_prompt_tokens_beside_outputs=8, prefix_caching=False)
+    bench.add("old", 4, max_tokens=100)
+    young = bench.add("young", 30, max_tokens=40)
+    bench.step()
+    taken = bench.blocks.allocate(bench.blocks.num_available)
+    while young.phase is Phase.RUNNING:
+        bench.step()
+    bench.blocks.unpin(taken)
+    known = len(young.tokens)
+    assert known > 30
+    computed = []
+    while sum(computed) < known:
+        planned = bench.step() or {}
+        assert planned["old"] == 1
+        computed.append(planned["young"])
+    assert max(computed) == 8
+
+
 def test_equal_prompts_are_computed_one_after_the_other() -> None:
     bench = Bench()
     bench.add("a", 40)
