@@ -50,7 +50,9 @@ AttentionBackend = Annotated[MaybeStr, typer.Option("--attention-backend", help=
 BlockSize = Annotated[MaybeInt, typer.Option("--block-size", help="Tokens per block: 16 for GQA, 64 for MLA unless given.")]
 MaxModelLen = Annotated[MaybeInt, typer.Option("--max-model-len", help="Longest prompt plus output.")]
 MaxNumSeqs = Annotated[MaybeInt, typer.Option("--max-num-seqs", help="Most requests in one batch.")]
-MaxNumBatchedTokens = Annotated[MaybeInt, typer.Option("--max-num-batched-tokens", help="Most tokens in one step.")]
+MaxNumBatchedTokens = Annotated[
+    MaybeInt, typer.Option("--max-num-batched-tokens", help="Most tokens in one step: 8192 on CUDA, 2048 on the CPU unless given.")
+]
 Seed = Annotated[MaybeInt, typer.Option("--weights-seed", help="Seed of dummy weights.")]
 
 
@@ -82,6 +84,10 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
+    max_prompt_tokens_beside_outputs: Annotated[
+        MaybeInt,
+        typer.Option("--max-prompt-tokens-beside-outputs", help="Most prompt tokens in a step that gives running requests a token."),
+    ] = None,
     max_queued_requests: Annotated[MaybeInt, typer.Option("--max-queued-requests", help="Most requests that wait for a replica.")] = None,
     max_queued_tokens: Annotated[MaybeInt, typer.Option("--max-queued-tokens", help="Most prompt tokens that wait for a replica.")] = None,
     max_message_size: Annotated[MaybeStr, typer.Option("--max-message-size", help="Largest gRPC message, e.g. 16MiB.")] = None,

@@ -57,16 +57,25 @@ class ServeSettings:
     block_size: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None  # of one step; None: 8192 on CUDA, 2048 on the CPU
+    max_prompt_tokens_beside_outputs: int = 768  # of a step that gives a running request a token
     max_queued_requests: int = 4096
     max_queued_tokens: int = 4_000_000
     max_message_size: int = 16 << 20
     deployment: str = DEFAULT_DEPLOYMENT  # several may share a Ray cluster
 
     def __post_init__(self) -> None:
-        for name, low in (("replicas", 1), ("tensor_parallel_size", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("port", 0)):
-            if getattr(self, name) < low:
-                raise DeploymentError(f"{flag_of(name)} must be at least {low}, not {getattr(self, name)}")
+        for name, low in (
+            ("replicas", 1),
+            ("tensor_parallel_size", 1),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("max_prompt_tokens_beside_outputs", 1),
+            ("port", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise DeploymentError(f"{flag_of(name)} must be at least {low}, not {value}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
             raise DeploymentError(f"--metrics-port must be a port or 0, not {self.metrics_port}")
         if self.store_metrics_port is not None and not 0 < self.store_metrics_port < 1 << 16:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """Parsed by `runtime.config`, sent to every rank of a group unchanged. What it learns comes back in GroupInfo."""
+    """Parsed by `runtime.config`, sent to every rank of a group unchanged. What it learns comes back in GroupInfo.
+
+    ValueError for limits that could never serve a request.
+    """
 
     model: str  # folder with config.json
     tensor_parallel_size: int = 1
@@ -21,5 +24,11 @@ class WorkerConfig:
     gpu_memory_utilization: float = 0.9  # of the card, for weights and pages together, where kv_memory_bytes is None
     cuda_graphs: bool = True  # decode steps as captured graphs
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None  # of one step; None: 8192 on CUDA, 2048 on the CPU
     max_model_len: int | None = None  # None: what the checkpoint says
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")

@@ -19,6 +19,7 @@ _NUM_PAGES = 64
 _NUM_LAYERS = 2
 _HEAD_DIM = 32
 _VOCAB_SIZE = 1 << 16
+_MAX_NUM_BATCHED_TOKENS = 2048
 
 
 class NoCommunicator(NamedTuple):
@@ -80,6 +81,8 @@ class EchoRunner:
             "model_config": b"echo",
             "weights_digest": b"echo",
             "compute_dtype": "float32",
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS,
         }
         progress("echo", 1, 1)
 

@@ -72,5 +72,7 @@ def group_info(facts: Sequence[RankFacts], pids: list[tuple[int, int]]) -> Group
         model_config=first.model_config,
         weights_digest=first.weights_digest,
         compute_dtype=first.compute_dtype,
+        max_num_seqs=first.max_num_seqs,
+        max_num_batched_tokens=first.max_num_batched_tokens,
         pids=pids,
     )

@@ -32,6 +32,9 @@ from workers.weights import Progress
 
 _MAX_PAGES = 1 << 20  # the engine keeps a record per page
 _CPU_KV_BYTES = 1 << 30
+_CPU_BATCHED_TOKENS = 2048
+_CUDA_BATCHED_TOKENS = 8192
+_MAX_PIECE_TOKENS = 2048  # a longer step keeps the device busy for longer than the host needs to launch it without graphs
 _MAX_SCORED_ELEMENTS = 1 << 26  # of prompt logits at once
 Logprobs = list[list[tuple[int, float]]] | bytes
 
@@ -55,6 +58,7 @@ class Runner:
         device = comm.device
         dtype = _compute_dtype(config, model_config, device)
         self.max_model_len = _max_model_len(config, model_config)
+        max_num_batched_tokens = max_batched_tokens(config, device)
         self.layout: PageLayout = page_layout(
             model_config,
             block_size=config.block_size,
@@ -79,7 +83,8 @@ class Runner:
             from workers.graphs import DecodeGraphs, PieceGraphs
 
             with torch.inference_mode():
-                self._pieces = PieceGraphs(self._model, self._backend, config.max_num_batched_tokens, device, progress)
+                max_piece_tokens = min(max_num_batched_tokens, _MAX_PIECE_TOKENS)
+                self._pieces = PieceGraphs(self._model, self._backend, max_piece_tokens, device, progress)
                 self._graphs = DecodeGraphs(self._model, self._backend, self._batch, config.max_num_seqs, progress)
         digest_input = model_config.block_digest_input()
         self.info_fields: dict[str, Any] = {  # of GroupInfo, all but pids
@@ -91,6 +96,8 @@ class Runner:
             "model_config": digest_input,
             "weights_digest": dummy_digest(digest_input, config.seed) if config.load_format == "dummy" else None,
             "compute_dtype": dtype,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
         }
 
     @property
@@ -244,6 +251,13 @@ def _max_model_len(config: WorkerConfig, model_config: ModelConfig) -> int:
     if not 1 <= config.max_model_len <= model_config.max_model_len:
         raise UnsupportedConfig(f"--max-model-len {config.max_model_len} is not within 1 and the model's {model_config.max_model_len}")
     return config.max_model_len
+
+
+def max_batched_tokens(config: WorkerConfig, device: torch.device) -> int:
+    """The most tokens of one step, as told or by device."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    return _CUDA_BATCHED_TOKENS if device.type == "cuda" else _CPU_BATCHED_TOKENS
 
 
 def _num_pages(config: WorkerConfig, layout: PageLayout, max_model_len: int, device: torch.device) -> int:

@@ -132,6 +132,8 @@ class GroupInfo(NamedTuple):
     model_config: bytes  # digest input of the root: canonical JSON of all that decides a block's bytes besides the weights
     weights_digest: bytes | None  # known at once for dummy weights; None: to be computed from the files
     compute_dtype: str
+    max_num_seqs: int  # rows that the ranks have room for
+    max_num_batched_tokens: int  # of one step
     pids: list[tuple[int, int]]  # (pid, start ticks) of every rank
 
 

@@ -83,6 +83,8 @@ class RankFacts(NamedTuple):
     model_config: bytes
     weights_digest: bytes | None
     compute_dtype: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
     first_written_part: int
     num_written_parts: int
 

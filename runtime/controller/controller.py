@@ -203,6 +203,7 @@ class Controller:
             replica_id=replica_id,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_prompt_tokens_beside_outputs=settings.max_prompt_tokens_beside_outputs,
             max_queued_requests=settings.max_queued_requests,
             max_queued_tokens=settings.max_queued_tokens,
         )

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 def new_incarnation() -> str:
     return uuid.uuid4().hex
+
+
+class StepLimits(NamedTuple):
+    """What one step may hold: what the settings ask for, within what the group takes."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @property
+    def max_rows(self) -> int:
+        """Every row may need a token of every step, so no more rows than the token budget."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +30,10 @@ class EngineConfig:
     replica_id: str = "replica"
     incarnation: str = field(default_factory=new_incarnation)  # new for every start of an engine
 
-    # Steps
+    # Steps; the group's own limits hold besides
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None  # None: the group's
+    max_prompt_tokens_beside_outputs: int = 768  # of a step that gives a running request a token, so that no prompt holds those up
     pipeline_depth: int = 2  # steps launched before the result of the first is needed
     prefix_caching: bool = True  # False: every prompt token is computed
 
@@ -66,9 +80,17 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.pipeline_depth not in (1, 2):
             raise ValueError(f"pipeline_depth must be 1 or 2, not {self.pipeline_depth}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens", "max_loading_requests"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_prompt_tokens_beside_outputs",
+            "max_queued_requests",
+            "max_queued_tokens",
+            "max_loading_requests",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.single_flight_timeout_s < 0 or self.single_flight_max_s < 0 or self.single_flight_poll_s <= 0:
             raise ValueError("single_flight_timeout_s, single_flight_max_s: must not be negative; single_flight_poll_s: must be positive")
         if self.copy_timeout_s * 2 > self.lease_ttl_s:
@@ -78,7 +100,9 @@ class EngineConfig:
         """How long to wait for so many tokens of another replica."""
         return min(self.single_flight_max_s, self.single_flight_timeout_s * max(1.0, num_tokens / 1000))
 
-    @property
-    def max_rows(self) -> int:
-        """Every row may need a token of every step, so no more rows than the token budget."""
-        return min(self.max_num_seqs, self.max_num_batched_tokens)
+    def step_limits(self, max_num_seqs: int, max_num_batched_tokens: int) -> StepLimits:
+        """Within those of a group."""
+        return StepLimits(
+            min(self.max_num_seqs, max_num_seqs),
+            min(self.max_num_batched_tokens or max_num_batched_tokens, max_num_batched_tokens),
+        )

@@ -79,7 +79,8 @@ class Engine:
         self.info = info
         self.max_model_len = min(info.max_model_len, (info.num_pages - 1) * info.block_size)
         self.blocks = BlockManager(info.num_pages, info.block_size)
-        self.scheduler = Scheduler(config, self.blocks)
+        self.limits = config.step_limits(info.max_num_seqs, info.max_num_batched_tokens)
+        self.scheduler = Scheduler(config, self.limits, self.blocks)
         self.outputs = Outputs(self.blocks, publish=config.prefix_caching)
         port = store or NoStore()
         copy_ids = itertools.count(1)

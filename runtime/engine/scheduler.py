@@ -7,7 +7,8 @@ and `outputs` confirms. What that allows and forbids:
     a preempted request comes back only after the results of its launched steps are in, because their tokens count
     pages of a row that ends are allocatable only after the last launched step that names them (block_manager)
 
-One plan: tokens of running outputs, then prompts that are under way, then admission of waiting requests in the order of arrival.
+One plan: tokens of running outputs, then prompts that are under way, then admission of waiting requests in the order of arrival. Beside
+outputs prompts get a limited share, since every output waits for the whole step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 from cache_store.keys import BlockKey
 from runtime.engine.block_manager import BlockManager
-from runtime.engine.config import EngineConfig
+from runtime.engine.config import EngineConfig, StepLimits
 from runtime.engine.live import LiveRequest, LoadGate, Phase
 from runtime.engine.receipts import FirstBlocks, make_receipt
 from runtime.request import CachedTokens
@@ -66,12 +67,13 @@ class _Placement(enum.Enum):
 class Scheduler:
     """Owned by the engine's thread."""
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
+    def __init__(self, config: EngineConfig, limits: StepLimits, blocks: BlockManager) -> None:
         self.waiting: deque[LiveRequest] = deque()
         self.running: list[LiveRequest] = []  # in the order of arrival
         self.num_preemptions = 0
         self.sequence = 0  # of the last plan
         self._config = config
+        self._limits = limits
         self._blocks = blocks
         self._first_blocks = FirstBlocks()
         self._rows_out: list[int] = []
@@ -87,7 +89,7 @@ class Scheduler:
 
     @property
     def num_open_rows(self) -> int:
-        return self._config.max_rows - len(self.running)
+        return self._limits.max_rows - len(self.running)
 
     def add(self, request: LiveRequest) -> None:
         self.waiting.append(request)
@@ -108,7 +110,7 @@ class Scheduler:
 
     def plan(self, loads: Sequence[BlockCopy] = (), saves: Sequence[BlockCopy] = ()) -> Launched | None:
         """The next step; None when it would neither compute nor copy anything."""
-        step = _Step(self.sequence + 1, self._config.max_num_batched_tokens)
+        step = _Step(self.sequence + 1, self._limits.max_num_batched_tokens)
         prompts = self._plan_outputs(step)
         if prompts:
             self._plan_prompts(step, prompts)
@@ -145,6 +147,8 @@ class Scheduler:
             request.num_in_flight += 1
             request.last_step = sequence
         step.budget -= len(rows)
+        if rows:
+            step.budget = min(step.budget, self._config.max_prompt_tokens_beside_outputs)
         return prompts
 
     def _page_for(self, request: LiveRequest, step: _Step) -> int | None:

@@ -71,8 +71,8 @@ class GpuEngine:
 
     @property
     def settings(self) -> dict[str, Any]:
-        info, config = self.engine.info, self.engine.config
-        return {"num_pages": info.num_pages, "block_size": info.block_size, "max_num_batched_tokens": config.max_num_batched_tokens}
+        info, limits = self.engine.info, self.engine.limits
+        return {"num_pages": info.num_pages, "block_size": info.block_size, "max_num_batched_tokens": limits.max_num_batched_tokens}
 
     def deliver(self, outputs: dict[int, list[RequestOutput]], load: Load) -> None:
         now_s = time.perf_counter()

@@ -12,7 +12,7 @@ from array import array
 
 from cache_store.keys import BlockKey, hash_fields
 from runtime.engine.block_manager import BlockManager
-from runtime.engine.config import EngineConfig
+from runtime.engine.config import EngineConfig, StepLimits
 from runtime.engine.live import EngineRequest, LiveRequest
 from runtime.engine.outputs import Outputs
 from runtime.engine.scheduler import Launched, Scheduler
@@ -31,7 +31,7 @@ BUDGET_MS = 1.0
 def _decoding_batch() -> tuple[Scheduler, Outputs]:
     """256 rows of 512 prompt tokens, past their prompts; their positions in a block are spread."""
     blocks = BlockManager(NUM_ROWS * 128, BLOCK_SIZE)
-    scheduler = Scheduler(EngineConfig(max_num_seqs=NUM_ROWS, max_num_batched_tokens=2048), blocks)
+    scheduler = Scheduler(EngineConfig(), StepLimits(NUM_ROWS, 2048), blocks)
     outputs = Outputs(blocks)
     root = BlockKey(hash_fields("bench"))
     for number in range(NUM_ROWS):

@@ -118,7 +118,8 @@ def key_file(tmp_path: Path) -> Path:
 
 def test_two_hundred_requests_and_two_tenants(serve: Callable[..., Served], key_file: Path) -> None:
     names = ("--served-model-name", "tiny", "--served-model-name", "tiny-latest")
-    served = serve("--replicas", "2", "--api-keys", str(key_file), "--metrics-port", "0", "--max-num-seqs", "32", *names)
+    limits = ("--max-num-seqs", "32", "--max-num-batched-tokens", "512", "--max-prompt-tokens-beside-outputs", "64")
+    served = serve("--replicas", "2", "--api-keys", str(key_file), "--metrics-port", "0", *limits, *names)
     with (
         InferenceClient(served.endpoint, api_key=KEYS["blue"]) as blue,
         InferenceClient(served.endpoint, api_key=KEYS["green"]) as green,

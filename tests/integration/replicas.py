@@ -97,7 +97,7 @@ class Replica:
         self.failure: GroupFailed | None = None
         self.port = make_port(store_address, SECRET, f"tp {tp}", probe_every_s=0.1) if store_address else None
         self.engine = Engine(
-            EngineConfig(**{"max_num_seqs": worker.max_num_seqs, **engine}),
+            EngineConfig(**engine),
             self.group,
             self.port,
             sink or self._hear,

@@ -53,6 +53,8 @@ def test_names_and_keys_from_a_file_and_the_environment(tmp_path: Path) -> None:
         ({"kv_memory": "much"}, {}, "", "--kv-memory"),
         ({}, {"MOBULA_REPLICAS": "two"}, "", "MOBULA_REPLICAS"),
         ({"replicas": 0}, {}, "", "--replicas"),
+        ({"max_num_batched_tokens": 0}, {}, "", "--max-num-batched-tokens"),
+        ({}, {"MOBULA_MAX_PROMPT_TOKENS_BESIDE_OUTPUTS": "0"}, "", "--max-prompt-tokens-beside-outputs"),
         ({"load_format": "pickle"}, {}, "", "--load-format"),
         ({"served_model_name": ["a", "a"]}, {}, "", "--served-model-name"),
         ({"served_model_name": [""]}, {}, "", "--served-model-name"),

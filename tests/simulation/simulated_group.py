@@ -36,9 +36,28 @@ def checksums_of(content: tuple[int, ...]) -> bytes:
     return struct.pack("<Q", hash(content) & (1 << 64) - 1) * NUM_PARTS
 
 
-def make_info(num_pages: int, block_size: int = 4, max_model_len: int = 64, weights_digest: bytes | None = b"weights") -> GroupInfo:
+def make_info(
+    num_pages: int,
+    block_size: int = 4,
+    max_model_len: int = 64,
+    weights_digest: bytes | None = b"weights",
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 2048,
+) -> GroupInfo:
     layout = Layout("gqa", 0, block_size, "float32", NUM_PARTS, (1, 2, block_size, 1))
-    return GroupInfo(num_pages, block_size, max_model_len, VOCAB, layout, b"{}", weights_digest, "float32", [(1, 1)])
+    return GroupInfo(
+        num_pages,
+        block_size,
+        max_model_len,
+        VOCAB,
+        layout,
+        b"{}",
+        weights_digest,
+        "float32",
+        max_num_seqs,
+        max_num_batched_tokens,
+        [(1, 1)],
+    )
 
 
 class Clock:
@@ -135,6 +154,8 @@ class SimulatedGroup:
             del self._tables[row_id]
         for row in plan.rows_in:
             self._tables[row.row_id] = list(row.pages)
+        assert len(self._tables) <= self.info.max_num_seqs, "more rows than there is room for"
+        assert sum(row.num_query_tokens for row in plan.rows) <= self.info.max_num_batched_tokens, "a step over the token limit"
         touched: dict[int, set[int]] = defaultdict(set)
         copied = {copy.copy.page for copy in self._copies}
         for row in plan.rows:

@@ -37,6 +37,7 @@ class Shape:
     max_model_len: int = 64
     max_num_seqs: int = 6
     max_num_batched_tokens: int = 16
+    max_prompt_tokens_beside_outputs: int = 16
     pipeline_depth: int = 2
     with_store: bool = True
     num_slots: int = 150
@@ -109,6 +110,7 @@ class Run:
             incarnation=str(seed),
             max_num_seqs=shape.max_num_seqs,
             max_num_batched_tokens=shape.max_num_batched_tokens,
+            max_prompt_tokens_beside_outputs=shape.max_prompt_tokens_beside_outputs,
             pipeline_depth=shape.pipeline_depth,
             load_timeout_s=rng.choice((0.005, 0.05, 2.0)),
             lookup_ahead=4,
@@ -286,6 +288,7 @@ SHAPES = {
     "late results": Shape(lateness=0.9, num_pages=24),
     "prompt results": Shape(lateness=0.0, num_pages=24),
     "tiny budget": Shape(max_num_batched_tokens=3, max_num_seqs=8),
+    "prompts behind outputs": Shape(max_num_batched_tokens=40, max_prompt_tokens_beside_outputs=3, num_pages=24),
     "big blocks": Shape(block_size=8, num_pages=14),
     "blocks of one": Shape(block_size=1, num_pages=80),
 }

@@ -19,6 +19,7 @@ from workers.step import RowResult, StepPlan
 BLOCK_SIZE = 16
 NUM_PAGES = 320
 MAX_MODEL_LEN = 1024
+MAX_NUM_BATCHED_TOKENS = 256
 VOCAB_SIZE = 1 << 15
 PART_SHAPE = (2, 2, BLOCK_SIZE, 32)  # 8 KiB: 512 bytes a position
 WORDS = 64  # of 8 bytes, a position
@@ -70,6 +71,8 @@ class ChainRunner:
             "model_config": b"chain",
             "weights_digest": b"chain",
             "compute_dtype": "float32",
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS,
         }
         self._rows: dict[int, Row] = {}
         self._words = self.pool.tensor.view(np.uint64).reshape(NUM_PAGES, BLOCK_SIZE, WORDS)

@@ -183,8 +183,9 @@ def test_a_group_loads_again(group: RankGroup) -> None:
     world_size = len(group.info.pids)
     group.submit(plan_of(1, [1]))  # its result is dropped with the model
     seen: list[tuple[int, str, int, int]] = []
-    info = group.load(config(world_size, block_size=32), lambda *progress: seen.append(progress), timeout_s=START_S)
-    assert info.block_size == 32
+    wanted = config(world_size, block_size=32, max_num_seqs=7, max_num_batched_tokens=300)
+    info = group.load(wanted, lambda *progress: seen.append(progress), timeout_s=START_S)
+    assert (info.block_size, info.max_num_seqs, info.max_num_batched_tokens) == (32, 7, 300)
     assert info.layout.num_parts == world_size
     assert sorted(seen) == [(rank, "echo", 1, 1) for rank in range(world_size)]
     group.submit(plan_of(1, [8]))  # sequences start anew

@@ -9,7 +9,7 @@ from model_driver import GREEDY, Driver, make_runner
 from workers.config import WorkerConfig
 from workers.errors import NotEnoughMemory, UnsupportedConfig
 from workers.parallel import Communicator
-from workers.runner import Runner
+from workers.runner import Runner, max_batched_tokens
 from workers.step import ALL_LOGPROBS, SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -144,6 +144,18 @@ def test_what_a_group_needs_to_know(checkpoints):
     assert (info["block_size"], info["max_model_len"], info["vocab_size"]) == (16, 100, 131)
     assert info["compute_dtype"] == "float32"
     assert info["layout"].block_bytes == page_bytes
+    assert (info["max_num_seqs"], info["max_num_batched_tokens"]) == (16, 2048)
+
+
+@pytest.mark.parametrize(("given", "device", "tokens"), [(None, "cpu", 2048), (None, "cuda", 8192), (300, "cpu", 300), (300, "cuda", 300)])
+def test_the_tokens_of_a_step_depend_on_the_device_unless_given(given, device, tokens):
+    assert max_batched_tokens(WorkerConfig("m", max_num_batched_tokens=given), torch.device(device)) == tokens
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens"])
+def test_limits_that_could_never_serve_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        WorkerConfig("m", **{name: 0})
 
 
 def test_a_pool_that_holds_no_longest_request_is_refused(checkpoints):

@@ -82,7 +82,7 @@ def run(folder: Path, requests: list[EngineRequest], **settings: Any) -> tuple[d
                 ended.add(output.request_id)
 
     runner = make_runner(folder, max_model_len=128, **settings)
-    engine = Engine(EngineConfig(max_num_seqs=NUM_REQUESTS, max_num_batched_tokens=48), LocalGroup(runner), None, sink)
+    engine = Engine(EngineConfig(max_num_batched_tokens=48), LocalGroup(runner), None, sink)
     for entry in requests:
         engine.submit(entry)
     for _ in range(MAX_STEPS):
@@ -117,6 +117,11 @@ def test_draws_in_a_crowd_and_after_preemptions(folder: Path, alone: dict[str, l
         assert tokens == alone
         total += num_preemptions
     assert total >= 4, total
+
+
+def test_a_batch_smaller_than_the_engine_would_fill(folder: Path, alone: dict[str, list[int]]) -> None:
+    requests = [request(number) for number in range(NUM_REQUESTS)]
+    assert run(folder, requests, max_num_seqs=3, max_num_batched_tokens=20) == (alone, 0)
 
 
 @pytest.mark.parametrize("cut", [1, 13, MAX_TOKENS - 1])

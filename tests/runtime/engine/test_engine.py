@@ -57,6 +57,15 @@ def test_requests_from_several_threads_get_their_tokens(start: Start) -> None:
     assert running.engine.check() == []
 
 
+def test_a_group_smaller_than_the_settings_bounds_every_step(start: Start) -> None:
+    """The simulated group judges each plan by its own limits."""
+    running = start(RealtimeGroup(make_info(64, max_model_len=200, max_num_seqs=2, max_num_batched_tokens=5)), max_num_seqs=64)
+    for number in range(6):
+        running.engine.submit(make_request(str(number), [number] * 12, max_tokens=6))
+    for number in range(6):
+        assert running.tokens(str(number)) == expected([number] * 12, 6)
+
+
 def test_an_idle_engine_does_not_spin(start: Start) -> None:
     running = start(idle_poll_s=0.2)
     wait_until(lambda: running.group.num_polls > 0)
@@ -288,7 +297,7 @@ def test_step_age_shows_a_group_that_hangs(start: Start) -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    for bad in ({"pipeline_depth": 3}, {"max_num_seqs": 0}, {"copy_timeout_s": 50.0}):
+    for bad in ({"pipeline_depth": 3}, {"max_num_seqs": 0}, {"max_prompt_tokens_beside_outputs": 0}, {"copy_timeout_s": 50.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             EngineConfig(**bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 pages"):

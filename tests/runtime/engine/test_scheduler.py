@@ -7,7 +7,7 @@ from array import array
 import pytest
 from engine_parts import BLOCK_SIZE, Bench
 
-from runtime.engine.config import EngineConfig
+from runtime.engine.config import EngineConfig, StepLimits
 from runtime.engine.live import LoadGate, Phase
 from workers.step import NULL_PAGE, BlockCopy, SamplingSettings
 
@@ -69,8 +69,20 @@ def test_no_more_rows_than_allowed() -> None:
     assert set(bench.step() or ()) == {"r3", "r4"}
 
 
+@pytest.mark.parametrize(
+    ("wanted", "limits"),
+    [
+        ({}, (256, 8192)),
+        ({"max_num_seqs": 300, "max_num_batched_tokens": 9000}, (300, 8192)),
+        ({"max_num_seqs": 999, "max_num_batched_tokens": 2048}, (400, 2048)),
+    ],
+)
+def test_settings_hold_within_the_limits_of_the_group(wanted: dict[str, int], limits: tuple[int, int]) -> None:
+    assert EngineConfig(**wanted).step_limits(400, 8192) == limits  # type: ignore[arg-type]
+
+
 def test_a_budget_below_the_row_limit_bounds_the_rows() -> None:
-    assert EngineConfig(max_num_seqs=256, max_num_batched_tokens=5).max_rows == 5
+    assert StepLimits(max_num_seqs=256, max_num_batched_tokens=5).max_rows == 5
     bench = Bench(max_num_seqs=8, max_num_batched_tokens=3)
     for i in range(6):
         bench.add(f"r{i}", 1, max_tokens=20)
@@ -101,6 +113,60 @@ def test_a_short_prompt_is_not_starved_by_a_long_one() -> None:
         bench.step()
         steps += 1
     assert steps <= 2
+
+
+def prompt_bench(**config: object) -> Bench:
+    """As an engine is set up on the CPU; prompts of thousands of tokens fit."""
+    return Bench(num_pages=4000, max_model_len=10_000, **{"max_num_batched_tokens": 2048, **config})
+
+
+def test_a_prompt_alone_gets_the_whole_step() -> None:
+    bench = prompt_bench()
+    bench.add("long", 5000)
+    assert [bench.step() for _ in range(4)] == [{"long": 2048}, {"long": 2048}, {"long": 904}, {"long": 1}]
+
+
+def test_a_prompt_beside_outputs_gets_a_part_of_the_step() -> None:
+    bench = prompt_bench()
+    bench.add("running", 4, max_tokens=6)
+    bench.step()
+    bench.add("long", 9000)
+    assert [bench.step() for _ in range(5)] == [{"running": 1, "long": 768}] * 5
+    assert bench.step() == {"long": 2048}, "nobody waits for this step"
+
+
+def test_all_prompts_beside_outputs_share_that_part() -> None:
+    bench = prompt_bench(max_prompt_tokens_beside_outputs=100)
+    bench.add("running", 4, max_tokens=50)
+    bench.step()
+    prompts = [bench.add("long", 2000)]
+    assert bench.step() == {"running": 1, "long": 100}
+    prompts += [bench.add("short", 40), bench.add("next", 300)]
+    assert bench.step() == {"running": 1, "long": 75, "short": 25}, "a quarter for shorter ones, as of any other step"
+    while names := {live.request.request_id for live in prompts if not live.num_outputs}:
+        left = bench.scheduler.num_queued_tokens
+        planned = bench.step() or {}
+        assert planned["running"] == 1
+        assert sum(count for name, count in planned.items() if name in names) == min(100, left)
+
+
+def test_a_preempted_request_is_computed_again_as_a_prompt() -> None:
+    bench = Bench(num_pages=300, max_num_batched_tokens=200, max_prompt_tokens_beside_outputs=8, prefix_caching=False)
+    bench.add("old", 4, max_tokens=100)
+    young = bench.add("young", 30, max_tokens=40)
+    bench.step()
+    taken = bench.blocks.allocate(bench.blocks.num_available)
+    while young.phase is Phase.RUNNING:
+        bench.step()
+    bench.blocks.unpin(taken)
+    known = len(young.tokens)
+    assert known > 30
+    computed = []
+    while sum(computed) < known:
+        planned = bench.step() or {}
+        assert planned["old"] == 1
+        computed.append(planned["young"])
+    assert max(computed) == 8
 
 
 def test_equal_prompts_are_computed_one_after_the_other() -> None:
