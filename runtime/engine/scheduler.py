@@ -31,6 +31,7 @@ from runtime.request import CachedTokens
 from workers.step import BlockCopy, NewRow, StepPlan, StepRow
 
 SHORT_SHARE = 4  # 1/4 of a step's prompt tokens goes to prompts shorter than the one in front, while there are any
+BACKLOG_STEPS = 16  # prompts that wait may take more of a step that also gives outputs, so that no more such steps than this pass first
 SHORT_LOOKAHEAD = 16  # waiting requests that are looked at for that
 
 _by_arrival = attrgetter("arrival")
@@ -148,7 +149,7 @@ class Scheduler:
             request.last_step = sequence
         step.budget -= len(rows)
         if rows:
-            step.budget = min(step.budget, self._config.max_prompt_tokens_beside_outputs)
+            step.budget = min(step.budget, max(self._config.max_prompt_tokens_beside_outputs, self._waiting_tokens // BACKLOG_STEPS))
         return prompts
 
     def _page_for(self, request: LiveRequest, step: _Step) -> int | None:

@@ -117,6 +117,22 @@ def test_products_of_few_tokens(dtype, num_tokens, size):
     near(multiply(x, weight, bias, gated=True), F.silu(gate) * up)
 
 
+@pytest.mark.parametrize("part_bytes", [1024, 1032, 73_728, 262_144])
+def test_checksums(part_bytes):
+    import numpy as np
+    import xxhash
+
+    from workers.kernels.checksum import PartHasher
+
+    data = torch.randint(0, 256, (part_bytes * 9,), dtype=torch.uint8, device="cuda")
+    hasher, places = PartHasher(data, part_bytes), np.array([0, 8, 3, 5, 1], np.int64) * part_bytes
+    started = hasher.start(places)
+    torch.cuda.synchronize()
+    host = data.cpu().numpy()
+    expected = [xxhash.xxh3_64_intdigest(host[place : place + part_bytes].tobytes()) for place in places]
+    assert hasher.finish(started).tolist() == expected
+
+
 @pytest.mark.parametrize("num_tokens", [1, 64, 65])
 def test_scores_of_experts(num_tokens):
     from workers.kernels.experts import score_experts

@@ -31,7 +31,7 @@ NUM_REQUESTS, NUM_WARM_UP, MAX_OPEN = 1000, 100, 100
 MAX_PROMPT, MAX_OUTPUTS = 600, 48
 NUM_PAGES = 320  # of 16 tokens, with the null page: some fifteen requests; a hundred short ones, until they grow
 STORE_BYTES = 256 << 20  # of some 600 MiB that are computed
-NUM_BEST = 5
+NUM_BEST = 50
 DEADLINE_S = 300.0
 LOAD_WITHIN_S = 600.0  # there may be kernels to build
 MAX_DEVICE_GROWTH, MAX_HOST_GROWTH = 64 << 20, 100 << 20
@@ -144,11 +144,11 @@ def check_ends(asks: Sequence[Ask], answers: Sequence[Answer]) -> int:
 
 
 def gap_of(scored: Answer, index: int, other: int) -> float:
-    """How much less likely `other` was than the best token, at an output of an answer with logprobs; infinite where not among the best."""
+    """How much less likely `other` was than the best token, at an output of an answer with logprobs; at least, where not among the best."""
     rows = [row for piece in scored.logprobs for row in piece]
     assert len(rows) == len(scored.token_ids)
     best = dict(rows[index][1:])
-    return max(best.values()) - best.get(other, float("-inf"))
+    return max(best.values()) - best.get(other, min(best.values()))
 
 
 def check_twins(asks: Sequence[Ask], answers: Sequence[Answer]) -> None:
@@ -168,6 +168,9 @@ def check_twins(asks: Sequence[Ask], answers: Sequence[Answer]) -> None:
         num_first_equal += 0 not in differing
         if differing:
             gaps.append(gap_of(scored, differing[0], plain.token_ids[differing[0]]))
+            if gaps[-1] >= MAX_GAP:
+                print(f"a pair of {len(pair[0][0].prompt)} prompt tokens parts at output {differing[0]}: gap {gaps[-1]:.2f}")
+                print(f"  {plain.cached} {plain.token_ids}\n  {scored.cached} {scored.token_ids}")
         else:
             num_equal += 1
     worst = max(gaps, default=0.0)

@@ -306,13 +306,14 @@ def test_loads_do_not_wait_behind_saves_and_a_full_queue_says_busy(
         return digest(data)
 
     monkeypatch.setattr("workers.kv.transfer.xxhash.xxh3_64_intdigest", digest_of_saves_waits)
-    rank.copier.submit([], [arena.copy(copy_id, 2, 4) for copy_id in range(7 * MAX_BATCH)])
-    busy = rank.wait(2 * MAX_BATCH)  # one batch may be under way and four in the queue
+    size = MAX_BATCH[rank.pool.tensor.device.type]
+    rank.copier.submit([], [arena.copy(copy_id, 2, 4) for copy_id in range(7 * size)])
+    busy = rank.wait(2 * size)  # one batch may be under way and four in the queue
     assert {result.reason for result in busy} == {"busy"}
-    assert len(busy) % MAX_BATCH == 0
+    assert len(busy) % size == 0
     assert rank.one([arena.copy(100, 1, 3, checksums_of(block, GQA))]).ok
     os.eventfd_write(gate, 1)
-    assert all(result.ok for result in rank.wait(7 * MAX_BATCH - len(busy)))
+    assert all(result.ok for result in rank.wait(7 * size - len(busy)))
     os.close(gate)
 
 

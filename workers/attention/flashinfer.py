@@ -30,6 +30,7 @@ WORKSPACE_BYTES = 256 << 20
 PROJECTED_BYTES = 1 << 30  # of up-projected keys and values at once
 _HEAD_DIMS = (64, 128, 256)
 _LATENT_DIMS, _PROJECTED_DIMS = (512, 64), (192, 128)  # latent and rope; query-key and value of the plain form
+_QUERY_TILE = 128  # queries times group
 _UP_SLACK = 128  # dimensions per head that the projection holds besides keys and values: the nope part, before it is joined to the rope
 
 
@@ -66,12 +67,15 @@ class FlashInferAttention(AttentionBackend):
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.tensor.device)
         self._layers = self._views()
         self._decode = self._new_decode()
-        self._prefill = None if self._is_mla else self._new_prefill()
+        self._prefill = None if self._is_mla else self._new_prefill(self._kernel)
+        self._short = None if self._is_mla else self._new_prefill("fa2")
+        self._num_processors = torch.cuda.get_device_properties(pool.tensor.device).multi_processor_count
         self._absorbed = _Planned(self._new_mla()) if self._is_mla else None
         self._ragged: list[_Planned] = []
         self._ranges: list[torch.Tensor] | None = None  # of keys, for plain rows of this step
         self._planned_rows: range | None = None  # of `_absorbed`
         self._graphs: dict[int, _Planned] = {}  # decode wrappers by captured batch size
+        self._extending: _Planned | None = None  # of this step: `_prefill` or `_short`
         self._active: _Planned | None = None  # the captured one of this step; None: eager
 
     def _check(self) -> None:
@@ -118,7 +122,12 @@ class FlashInferAttention(AttentionBackend):
             plans = [partial(self._plan_mla, self._absorbed, range(1)), partial(self._plan_ranges, range(1), *_PROJECTED_DIMS)]
         else:
             assert self._prefill
-            plans = [partial(self._plan_decode, self._decode, range(1)), partial(self._plan_prefill, self._prefill, range(1))]
+            assert self._short
+            plans = [
+                partial(self._plan_decode, self._decode, range(1)),
+                partial(self._plan_prefill, self._prefill, range(1)),
+                partial(self._plan_prefill, self._short, range(1)),
+            ]
         progress("kernels", 0, len(plans))
         with ThreadPoolExecutor(len(plans), initializer=torch.cuda.set_device, initargs=(device,)) as executor:
             for number, built in enumerate([executor.submit(plan) for plan in plans], start=1):
@@ -153,8 +162,8 @@ class FlashInferAttention(AttentionBackend):
             backend=self._kernel,
         )
 
-    def _new_prefill(self) -> _Planned:
-        return _Planned(self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=self._kernel))
+    def _new_prefill(self, kernel: str) -> _Planned:
+        return _Planned(self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=kernel))
 
     # A step
 
@@ -167,8 +176,16 @@ class FlashInferAttention(AttentionBackend):
         if batch.num_decode_rows:
             self._plan_decode(self._decode, range(batch.num_decode_rows))
         if batch.num_decode_rows < batch.num_rows:
-            assert self._prefill
-            self._plan_prefill(self._prefill, range(batch.num_decode_rows, batch.num_rows))
+            rows = range(batch.num_decode_rows, batch.num_rows)
+            self._extending = self._short if self._is_short(rows) else self._prefill
+            assert self._extending
+            self._plan_prefill(self._extending, rows)
+
+    def _is_short(self, rows: range) -> bool:
+        """Whether queries alone would leave most of the GPU idle. Of the two kernels only fa2 also splits the keys."""
+        group = self.shape.num_heads // self.shape.num_kv_heads
+        tiles = sum(-(-self.batch.num_queries(row) * group // _QUERY_TILE) for row in rows) * self.shape.num_kv_heads
+        return 2 * tiles <= self._num_processors
 
     def reserve_graph(self, size: int, max_pages: int) -> None:
         """A wrapper of its own for a captured batch of `size` decode rows, whose addresses stay."""
@@ -254,8 +271,8 @@ class FlashInferAttention(AttentionBackend):
         if num_decode:
             self._decode.wrapper.run(q_TND[:num_decode], self._layers[layer], out=out_TND[:num_decode])
         if num_decode < len(q_TND):
-            assert self._prefill
-            self._prefill.wrapper.run(q_TND[num_decode:], self._layers[layer], out=out_TND[num_decode:])
+            assert self._extending
+            self._extending.wrapper.run(q_TND[num_decode:], self._layers[layer], out=out_TND[num_decode:])
         return out_TND
 
     # Latent attention

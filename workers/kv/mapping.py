@@ -47,6 +47,7 @@ class ArenaMapping:
             raise
         self.words: npt.NDArray[np.uint64] = np.frombuffer(self._mmap, np.uint64, spec.data_offset // 8)
         self.data: npt.NDArray[np.uint8] = np.frombuffer(self._mmap, np.uint8, offset=spec.data_offset)
+        self.address: int = self.data.ctypes.data  # of data[0]
         self._lock = threading.Lock()  # protects the three below
         self._num_users = 0
         self._retired = False

@@ -1,15 +1,15 @@
 """Moves one rank's parts of blocks between pages and slots of the store's arena, on threads beside the forward pass.
 
 A slot may be taken away and given to another block at any time, so a copy trusts nothing but what it checks: the slot's generation word
-before the first byte and after the last, and for a load the xxh3-64 of every part it read. A load that fails leaves garbage in its page,
+before the first byte and after the last, and for a load the xxh3-64 of every part. A load that fails leaves garbage in its page,
 which nobody reads: the page enters no batch before its copy was reported good.
 
     threads   copies          wait for
     loads     slot -> page    nothing: the engine names only pages that no launched step touches
     saves     page -> slot    on CUDA, the forward passes launched before; so they have threads of their own, and no load waits behind them
 
-Hashing bounds the speed, at 5 to 10 GB/s a thread where it runs from memory: hence several threads, each with its own CUDA stream. (xxhash
-lets go of the interpreter's lock for parts over 100 KB only; smaller ones are hashed one at a time.)
+On the CPU hashing bounds the speed, at 5 to 10 GB/s a thread where it runs from memory. Cores could not keep up with the link to a GPU, so
+there the pages are hashed on the device (`workers.kernels.checksum`), before they leave or after they arrived, and threads only queue work.
 
 The forward pass needs no event to see loaded pages: a copy is reported after its DMA is done, and a plan that reads the page is made
 after that report. Saves on the CPU need none either: a plan is executed before its saves are queued.
@@ -30,17 +30,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import xxhash
 
+from workers.kv.dma import Dma
 from workers.kv.mapping import ArenaMapping, pieces_of
 from workers.step import ArenaSpec, BlockCopy, CopyResult
 
 if TYPE_CHECKING:
+    from workers.kernels.checksum import PartHasher
     from workers.kv.layout import PageLayout
     from workers.kv.pool import PagePool
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH = 16  # copies that a thread starts before it waits for the first
+MAX_BATCH = {"cpu": 16, "cuda": 64}  # copies that a thread starts before it waits for the first
 MAX_QUEUED_BATCHES = 4096  # of each kind
+NUM_LOAD_THREADS = 2  # the next batch is queued while one is under way; on the CPU the cores belong to the forward pass
 _JOIN_TIMEOUT_S = 10.0
 _CHECKSUM_BYTES = 8
 
@@ -58,7 +61,11 @@ class _Span(NamedTuple):
     num_parts: int
     page_start: int
     slot_start: int
-    num_bytes: int
+    part_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_parts * self.part_bytes
 
 
 class Mover(Protocol):
@@ -66,8 +73,8 @@ class Mover(Protocol):
 
     def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None: ...
 
-    def finish(self) -> None:
-        """Returns once all that was started is in place."""
+    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> list[bytes]:
+        """Returns once all that was started is in place: of each copy the xxh3-64 of its parts, little-endian."""
         ...
 
 
@@ -85,36 +92,71 @@ class HostMover:
             source, target = (page, slot) if self._is_save else (slot, page)
             np.copyto(target, source)
 
-    def finish(self) -> None:
-        pass
+    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> list[bytes]:
+        return [_hash_slot(copy, mapping, span) for copy in copies]
 
 
 class CudaMover:
     """Pages on the GPU: DMA on a stream of its own, from and to arena memory that CUDA knows."""
 
-    def __init__(self, pool: PagePool, *, is_save: bool) -> None:
+    def __init__(self, pool: PagePool, *, is_save: bool, span: _Span) -> None:
         import torch
 
         self._torch = torch
         self._pool = pool
+        self._page_bytes = pool.layout.page_bytes
+        self._address: int = pool.tensor.data_ptr()
         self._is_save = is_save
         torch.cuda.set_device(pool.tensor.device)
         self._stream = torch.cuda.Stream(pool.tensor.device)
+        self._dma = Dma()
+        self._started: torch.Tensor | None = None  # hashes on their way
+        self._hasher = self._make_hasher(span)
+
+    def _make_hasher(self, span: _Span) -> PartHasher | None:
+        """Built and tried once here, rather than when a request waits; None where slots have to be hashed instead."""
+        from workers.kernels.checksum import PartHasher, can_hash
+
+        if not span.num_parts or not can_hash(span.part_bytes):
+            return None
+        hasher = PartHasher(self._pool.tensor.view(self._torch.uint8).flatten(), span.part_bytes)
+        with self._torch.cuda.stream(self._stream):
+            hasher.start(np.zeros(span.num_parts, np.int64))
+        self._stream.synchronize()
+        return hasher
 
     def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None:
-        with self._torch.cuda.stream(self._stream):
-            for copy in copies:
-                page = self._pool.page_bytes(copy.page)
-                first = copy.offset + span.slot_start
-                mapping.register(first, first + span.num_bytes)
-                for start, stop in pieces_of(first, first + span.num_bytes):
-                    slot = self._torch.from_numpy(mapping.data[start:stop])
-                    part = page[span.page_start + start - first : span.page_start + stop - first]
-                    source, target = (part, slot) if self._is_save else (slot, part)
-                    target.copy_(source, non_blocking=True)
+        stream = self._stream.cuda_stream
+        if self._is_save:
+            self._start_hashes(copies, span)
+        for copy in copies:
+            if not 0 <= copy.page < self._pool.num_pages:
+                raise IndexError(f"there is no page {copy.page}")
+            first = copy.offset + span.slot_start
+            mapping.register(first, first + span.num_bytes)
+            shift = self._address + copy.page * self._page_bytes + span.page_start - first
+            for start, stop in pieces_of(first, first + span.num_bytes):
+                if self._is_save:
+                    self._dma.to_host(mapping.address + start, shift + start, stop - start, stream)
+                else:
+                    self._dma.to_device(shift + start, mapping.address + start, stop - start, stream)
+        if not self._is_save:
+            self._start_hashes(copies, span)
 
-    def finish(self) -> None:
+    def _start_hashes(self, copies: list[BlockCopy], span: _Span) -> None:
+        if self._hasher is not None:
+            pages = np.array([copy.page for copy in copies], np.int64)[:, None]
+            parts = np.arange(span.num_parts)[None, :]
+            with self._torch.cuda.stream(self._stream):
+                self._started = self._hasher.start((pages * self._page_bytes + span.page_start + parts * span.part_bytes).ravel())
+
+    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> list[bytes]:
         self._stream.synchronize()
+        if self._hasher is None:
+            return [_hash_slot(copy, mapping, span) for copy in copies]
+        assert self._started is not None
+        rows = self._hasher.finish(self._started).reshape(len(copies), -1)
+        return [row.astype("<u8").tobytes() for row in rows]
 
 
 class PageCopier:
@@ -131,7 +173,7 @@ class PageCopier:
         self._failure: Exception | None = None
         self._closing = False
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        num_loaders = num_load_threads or _num_load_threads(self._on_cuda)
+        num_loaders = num_load_threads or NUM_LOAD_THREADS
         self._loads = _Lane(self._span(layout, layout.first_part, layout.num_parts), False, num_loaders, max_queued_batches)
         written = self._span(layout, layout.first_written_part, layout.num_written_parts)
         self._saves = _Lane(written, True, max(1, num_loaders // 4), max_queued_batches)
@@ -145,7 +187,7 @@ class PageCopier:
 
     def _span(self, layout: PageLayout, first_part: int, num_parts: int) -> _Span:
         part_bytes = self._store.part_bytes
-        return _Span(first_part, num_parts, (first_part - layout.first_part) * part_bytes, first_part * part_bytes, num_parts * part_bytes)
+        return _Span(first_part, num_parts, (first_part - layout.first_part) * part_bytes, first_part * part_bytes, part_bytes)
 
     def fileno(self) -> int:
         return self._fd
@@ -169,7 +211,7 @@ class PageCopier:
             event = torch.cuda.Event(blocking=True)  # its waiters sleep
             event.record(torch.cuda.current_stream(self._pool.tensor.device))
         for lane, copies in ((self._loads, loads), (self._saves, saves)):
-            size = min(MAX_BATCH, -(-len(copies) // lane.num_threads)) or 1
+            size = min(MAX_BATCH["cuda" if self._on_cuda else "cpu"], -(-len(copies) // lane.num_threads)) or 1
             for start in range(0, len(copies), size):
                 batch = _Batch(copies[start : start + size], self._mapping.use() if self._mapping else None, event)
                 try:
@@ -218,7 +260,10 @@ class PageCopier:
     def _serve(self, lane: _Lane) -> None:
         """A copy thread. An error that is not a copy's own ends the rank, by way of `results`."""
         try:
-            mover = (CudaMover if self._on_cuda else HostMover)(self._pool, is_save=lane.is_save)
+            if self._on_cuda:
+                mover: Mover = CudaMover(self._pool, is_save=lane.is_save, span=lane.span)
+            else:
+                mover = HostMover(self._pool, is_save=lane.is_save)
             while (batch := lane.batches.get()) is not None and not self._closing:
                 try:
                     results = self._run(batch, mover, lane)
@@ -247,13 +292,10 @@ class PageCopier:
         if not started:
             return results
         assert batch.mapping
+        hashes = [b""] * len(started)
         if lane.span.num_parts:
             mover.start(started, batch.mapping, lane.span)
-        if lane.is_save:
-            mover.finish()  # the slots hold what is hashed below
-        hashes = [self._hash(copy, batch.mapping, lane.span) for copy in started]  # of loads, beside the DMA
-        if not lane.is_save:
-            mover.finish()
+            hashes = mover.finish(started, batch.mapping, lane.span)
         for copy, column in zip(started, hashes, strict=True):
             results.append(self._judge(copy, batch.mapping, lane, column))
         return results
@@ -265,14 +307,6 @@ class PageCopier:
         if mapping is None or not mapping.holds(copy.offset, self._store.block_bytes) or not mapping.is_whole():
             return "arena"
         return "" if mapping.generation(copy.offset) == copy.generation else "generation"
-
-    def _hash(self, copy: BlockCopy, mapping: ArenaMapping, span: _Span) -> bytes:
-        """xxh3-64 of the span's parts as they are in the slot, little-endian."""
-        first = copy.offset + span.slot_start
-        parts = mapping.data[first : first + span.num_bytes].data
-        size = self._store.part_bytes
-        hashes = [xxhash.xxh3_64_intdigest(parts[start : start + size]) for start in range(0, span.num_bytes, size)]
-        return struct.pack(f"<{len(hashes)}Q", *hashes)
 
     def _judge(self, copy: BlockCopy, mapping: ArenaMapping, lane: _Lane, hashes: bytes) -> CopyResult:
         """Last of all the generation word: the same as before means that copy and hash saw one block's bytes."""
@@ -296,9 +330,13 @@ class _Lane:
         self.batches: queue.Queue[_Batch | None] = queue.Queue(max_queued_batches)
 
 
-def _num_load_threads(on_cuda: bool) -> int:
-    """Enough for hashing to keep up with the link to a GPU; on the CPU the cores belong to the forward pass."""
-    return max(2, min(8, (os.cpu_count() or 1) // 2)) if on_cuda else 2
+def _hash_slot(copy: BlockCopy, mapping: ArenaMapping, span: _Span) -> bytes:
+    """xxh3-64 of the span's parts as they are in the slot, little-endian."""
+    first = copy.offset + span.slot_start
+    parts = mapping.data[first : first + span.num_bytes].data
+    size = span.part_bytes
+    hashes = [xxhash.xxh3_64_intdigest(parts[start : start + size]) for start in range(0, span.num_bytes, size)]
+    return struct.pack(f"<{len(hashes)}Q", *hashes)
 
 
 def _failed(copy: BlockCopy, reason: str) -> CopyResult:

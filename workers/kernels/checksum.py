@@ -1,0 +1,112 @@
+"""xxh3-64 of parts of pages where they lie, on the GPU: a processor's cores could not keep up with the link to it.
+
+The specification: github.com/Cyan4973/xxHash, doc/xxhash_spec.md, XXH3 for inputs over 240 bytes, seed 0. The eight accumulators of a
+part are eight lanes here; an 8-byte word of the input is multiplied into its own lane and added to its neighbour's.
+
+N parts
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+_SECRET = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c"
+    "3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364"
+    "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
+)
+_PRIMES_32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
+_PRIMES_64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
+_AVALANCHE = 0x165667919E3779F9
+_START = (_PRIMES_32[2], *_PRIMES_64[:4], _PRIMES_32[1], _PRIMES_64[4], _PRIMES_32[0])
+_LANES, _STRIPE_WORDS, _BLOCK_WORDS = 8, 8, 128  # a block is 16 stripes
+_LAST_KEY, _MERGE_KEY = 192 - 64 - 7, 11  # bytes into the secret
+_MIN_BYTES = 1024
+_PARTS = 4  # of one program
+
+
+@triton.jit
+def _add(acc, word, neighbour, key):
+    """One stripe."""
+    mixed = word ^ key
+    return acc + neighbour + (mixed & 0xFFFFFFFF) * (mixed >> 32)
+
+
+@triton.jit
+def _accumulate(words_ptr, starts_ptr, keys_ptr, out_ptr, num_parts, num_blocks, num_stripes, last_word, PARTS: tl.constexpr):
+    part = tl.program_id(0) * PARTS + tl.arange(0, PARTS)
+    inside = (part < num_parts)[:, None]
+    lane = tl.arange(0, 8)
+    start = words_ptr + tl.load(starts_ptr + part, mask=part < num_parts, other=0)[:, None]
+    own, other = start + lane[None, :], start + (lane ^ 1)[None, :]
+    acc = tl.load(keys_ptr + 32 + lane)[None, :].to(tl.uint64, bitcast=True) + tl.zeros((PARTS, 8), tl.uint64)
+    scramble = tl.load(keys_ptr + 16 + lane)[None, :].to(tl.uint64, bitcast=True)
+    for block in range(num_blocks):
+        for stripe in tl.static_range(16):
+            word = tl.load(own + block * 128 + stripe * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
+            neighbour = tl.load(other + block * 128 + stripe * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
+            acc = _add(acc, word, neighbour, tl.load(keys_ptr + stripe + lane)[None, :].to(tl.uint64, bitcast=True))
+        acc = (acc ^ (acc >> 47) ^ scramble) * 0x9E3779B1
+    for stripe in range(num_stripes):
+        word = tl.load(own + num_blocks * 128 + stripe * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
+        neighbour = tl.load(other + num_blocks * 128 + stripe * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
+        acc = _add(acc, word, neighbour, tl.load(keys_ptr + stripe + lane)[None, :].to(tl.uint64, bitcast=True))
+    word = tl.load(own + last_word, mask=inside, other=0).to(tl.uint64, bitcast=True)
+    neighbour = tl.load(other + last_word, mask=inside, other=0).to(tl.uint64, bitcast=True)
+    acc = _add(acc, word, neighbour, tl.load(keys_ptr + 24 + lane)[None, :].to(tl.uint64, bitcast=True))
+    tl.store(out_ptr + part[:, None] * 8 + lane[None, :], acc.to(tl.int64, bitcast=True), mask=inside)
+
+
+def can_hash(part_bytes: int) -> bool:
+    return part_bytes >= _MIN_BYTES and part_bytes % 8 == 0
+
+
+class PartHasher:
+    """For parts of `part_bytes` in `data` (uint8, contiguous, 8-byte aligned). One stream at a time."""
+
+    def __init__(self, data: torch.Tensor, part_bytes: int) -> None:
+        self._words = data.view(torch.int64)
+        self._part_bytes = part_bytes
+        last = _SECRET[_LAST_KEY : _LAST_KEY + 64]
+        start = np.array(_START, np.uint64).tobytes()
+        keys = np.frombuffer(_SECRET + last + start, np.int64).copy()  # 24 words of the secret, 8 of the last stripe, 8 to begin with
+        self._keys = torch.from_numpy(keys).to(data.device)
+
+    def start(self, offsets_N: np.ndarray) -> torch.Tensor:
+        """Queues the hashing of the parts at these bytes. What it returns is for `finish`, once the current stream has come so far."""
+        num_parts, size = len(offsets_N), self._part_bytes
+        starts = torch.from_numpy(offsets_N // 8)
+        on_gpu = self._words.is_cuda
+        if on_gpu:
+            starts = starts.pin_memory().to(self._words.device, non_blocking=True)
+        acc = torch.empty((num_parts, _LANES), dtype=torch.int64, device=self._words.device)
+        num_blocks = (size - 1) // 1024
+        _accumulate[(triton.cdiv(num_parts, _PARTS),)](
+            self._words, starts, self._keys, acc, num_parts, num_blocks, (size - 1 - 1024 * num_blocks) // 64, size // 8 - _STRIPE_WORDS,
+            PARTS=_PARTS, num_warps=1,
+        )  # fmt: skip
+        return torch.empty(acc.shape, dtype=acc.dtype, pin_memory=True).copy_(acc, non_blocking=True) if on_gpu else acc
+
+    def finish(self, started: torch.Tensor) -> np.ndarray:
+        """The hashes, uint64 [N]."""
+        acc = started.numpy().view(np.uint64)
+        keys = np.frombuffer(_SECRET[_MERGE_KEY : _MERGE_KEY + 64], np.uint64)
+        mixed = acc ^ keys
+        out = np.full(len(acc), self._part_bytes * _PRIMES_64[0] & 0xFFFFFFFFFFFFFFFF, np.uint64)
+        for lane in range(0, _LANES, 2):
+            out += _fold(mixed[:, lane], mixed[:, lane + 1])
+        out ^= out >> np.uint64(37)
+        out *= np.uint64(_AVALANCHE)
+        return out ^ (out >> np.uint64(32))
+
+
+def _fold(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The low half of the 128-bit products xored with the high one."""
+    half, mask = np.uint64(32), np.uint64(0xFFFFFFFF)
+    a_low, a_high, b_low, b_high = a & mask, a >> half, b & mask, b >> half
+    low, cross, other = a_low * b_low, a_high * b_low, a_low * b_high
+    carry = ((low >> half) + (cross & mask) + (other & mask)) >> half
+    return (a * b) ^ (a_high * b_high + (cross >> half) + (other >> half) + carry)
