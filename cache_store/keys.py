@@ -20,6 +20,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 BlockKey = NewType("BlockKey", bytes)
 
+_BLOCK_PURPOSE = b"block".ljust(16, b"\0")
+_PARENT_LENGTH = struct.pack("<Q", KEY_BYTES)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -99,11 +102,18 @@ def block_key(parent: BlockKey, token_ids: Sequence[int], extra: bytes = b"") ->
 
 
 def chain_keys(parent: BlockKey, token_ids: Sequence[int], block_size: int) -> list[BlockKey]:
-    """Keys of the full blocks of `token_ids`, which follow directly on `parent`; a partial last block has none."""
-    keys = []
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = block_key(parent, token_ids[start : start + block_size])
-        keys.append(parent)
+    """Keys of the full blocks of `token_ids`, which follow directly on `parent`; a partial last block has none.
+
+    The same as `block_key` for one after the other, in less than half the time: a long prompt's keys are hashed before its first step.
+    """
+    column = array("I", token_ids).tobytes()
+    num_bytes = 4 * block_size
+    between, behind = struct.pack("<Q", num_bytes), struct.pack("<Q", 0)
+    blake2b, keys, key = hashlib.blake2b, [], bytes(parent)
+    for start in range(0, len(column) - num_bytes + 1, num_bytes):
+        fields = _PARENT_LENGTH + key + between + column[start : start + num_bytes] + behind
+        key = blake2b(fields, digest_size=KEY_BYTES, person=_BLOCK_PURPOSE).digest()
+        keys.append(BlockKey(key))
     return keys
 
 

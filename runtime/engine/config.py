@@ -51,6 +51,8 @@ class EngineConfig:
     lookup_ahead: int = 64  # waiting requests whose prefix is looked up; fewer than the port's bound on open questions
     max_loading_requests: int = 8
     max_loading_blocks: int = 512
+    unasked_compute_s: float = 0.025  # less than a step's worth of tokens behind a prefix at hand: the store is not asked for them, where
+    # at the replica's rate they take no longer than this
 
     # Single flight: how long a request waits for blocks that another replica is computing, then it computes them itself
     single_flight_timeout_s: float = 1.0  # per 1,000 tokens, and for fewer; 0: not at all

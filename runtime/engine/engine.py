@@ -84,13 +84,13 @@ class Engine:
         self.outputs = Outputs(self.blocks, publish=config.prefix_caching)
         port = store or NoStore()
         copy_ids = itertools.count(1)
-        self.loads = KvLoads(config, self.blocks, port, copy_ids, info.layout.block_bytes)
+        self._rates = rates or ReplicaRates()
+        self.loads = KvLoads(config, self.blocks, port, copy_ids, info.layout.block_bytes, self._rates)
         self.offers = KvOffers(config, self.blocks, port, copy_ids, info.layout.num_parts)
         self.pins = KvPins(config, self.blocks, port, self.offers)
         self.blocks.on_publish, self.blocks.on_evict = self.offers.published, self.offers.evicted
         self._group, self._port, self._sink, self._clock = group, port, sink, clock
         self._processes = processes
-        self._rates = rates or ReplicaRates()
         self._inbox = Inbox(config)
         self._taken: list[Message] = []
         self._live: dict[RequestKey, LiveRequest] = {}

@@ -37,6 +37,7 @@ from runtime.engine.config import EngineConfig
 from runtime.engine.leases import Leases
 from runtime.engine.live import LiveRequest, LoadGate, Phase, StoreVerdict
 from runtime.engine.load_state import Job, LoadPhase, Wait
+from runtime.engine.rates import MIN_TOKENS, ReplicaRates
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.store_port import Acquire, Lookup, StoreAnswer, StorePort, StoreState
 from workers.step import BlockCopy, CopyResult
@@ -48,14 +49,23 @@ if TYPE_CHECKING:
 class KvLoads:
     """Owned by the engine's thread, which passes on arrivals, answers and copy results."""
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager, port: StorePort, copy_ids: Iterator[int], block_bytes: int) -> None:
-        """`block_bytes` of one stored block."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        blocks: BlockManager,
+        port: StorePort,
+        copy_ids: Iterator[int],
+        block_bytes: int,
+        rates: ReplicaRates | None = None,
+    ) -> None:
+        """`block_bytes` of one stored block; `rates` are the replica's, None: not measured."""
         self.leases = Leases(port)
         self.claims = FlightClaims(port)
         self.num_awaited = 0  # blocks that came from the store because a request waited for another replica
         self.num_failed = 0  # copies that did not deliver
         self._config, self._blocks, self._port, self._copy_ids = config, blocks, port, copy_ids
         self._block_bytes = block_bytes
+        self._rates = rates or ReplicaRates()
         self._waits: dict[LiveRequest, Wait] = {}
         self._lookups: dict[int, Wait] = {}
         self._claimings: dict[int, Wait] = {}
@@ -78,14 +88,15 @@ class KvLoads:
         return [wait.phase.value for wait in list(self._waits.values())]
 
     def arrived(self, request: LiveRequest) -> None:
-        """The prefix is to be looked up, unless the replica's own pages hold all of it."""
+        """The prefix is to be looked up, unless the replica's own pages hold all of it, or all but what is computed at once."""
         if self._port.state is StoreState.NONE or not self._config.prefix_caching:
             return
         if self._port.state is not StoreState.READY:
             request.store_failed = True
             return
         keys = self._reusable_keys(request)
-        if self._blocks.match(keys) < len(keys):
+        num_hits = self._blocks.match(keys)
+        if num_hits < len(keys) and not self._is_soon_computed(num_hits, len(keys) - num_hits):
             self._waits[request] = Wait(request)
             request.load_gate = LoadGate.WAIT
 
@@ -161,6 +172,11 @@ class KvLoads:
         size = self._blocks.block_size
         return request.extend_keys(size)[: request.num_reusable_blocks(size)]
 
+    def _is_soon_computed(self, num_hits: int, num_missing: int) -> bool:
+        """Whether so few blocks are missing that the step which computes the rest of the prompt hardly takes longer for them."""
+        num_tokens = num_missing * self._blocks.block_size
+        return num_hits > 0 and num_tokens < MIN_TOKENS and num_tokens <= self._rates.tokens_per_s * self._config.unasked_compute_s
+
     def _look(self, wait: Wait, now_s: float) -> None:
         keys = self._reusable_keys(wait.request)
         num_hits = self._blocks.match(keys)
@@ -197,7 +213,8 @@ class KvLoads:
             self.num_awaited += found.num_blocks
         missing = self._reusable_keys(wait.request)[wait.num_found :]
         limit_s = self._config.single_flight_limit_s(len(missing) * self._blocks.block_size)
-        ticket = self.claims.ask(missing, 2 * limit_s) if missing and limit_s and not num_cheaper else None
+        is_claimed = missing and limit_s and not num_cheaper and not self._is_soon_computed(wait.num_found, len(missing))
+        ticket = self.claims.ask(missing, 2 * limit_s) if is_claimed else None
         if ticket is None:
             wait.is_behind = False
             self._go_on(wait, now_s)

@@ -12,7 +12,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cache_store.keys import BlockKey, block_key
+from cache_store.keys import BlockKey, chain_keys
 from runtime.request import CachedTokens, PinOutcome, Receipt
 from workers.step import SamplingSettings, StepRow
 
@@ -161,11 +161,8 @@ class LiveRequest:
     def extend_keys(self, block_size: int) -> list[BlockKey]:
         """Keys of all full blocks of the known tokens. Each block is hashed once."""
         keys, tokens = self.keys, self.tokens
-        num_full = len(tokens) // block_size
-        parent = keys[-1] if keys else self.root
-        for index in range(len(keys), num_full):
-            parent = block_key(parent, tokens[index * block_size : (index + 1) * block_size])
-            keys.append(parent)
+        if len(keys) < len(tokens) // block_size:
+            keys += chain_keys(keys[-1] if keys else self.root, tokens[len(keys) * block_size :], block_size)
         return keys
 
     def num_reusable_blocks(self, block_size: int) -> int:

@@ -325,8 +325,11 @@ def _new_row(request: LiveRequest) -> NewRow:
 def _cached_tokens(request: LiveRequest, num_hits: int, block_size: int) -> CachedTokens:
     """Reused prompt tokens by tier. A hit may reach past a resumed request's prompt; the last prompt token never counts."""
     counts = dict.fromkeys(CachedTokens._fields, 0)
-    for index in range(num_hits):
+    num_left = min(num_hits * block_size, request.num_prompt - 1)
+    for index, tier in request.load_tiers.items():
         tokens = min(block_size, request.num_prompt - 1 - index * block_size)
-        if tokens > 0:
-            counts[request.load_tiers.get(index, "pages")] += tokens
+        if index < num_hits and tokens > 0:
+            counts[tier] += tokens
+            num_left -= tokens
+    counts["pages"] += num_left
     return CachedTokens(**counts)

@@ -12,6 +12,7 @@ from cache_store.client import Acquired, ClaimOutcome, Found, Slot
 from cache_store.keys import chain_keys
 from runtime.engine.kv_loads import KvLoads
 from runtime.engine.live import LiveRequest, LoadGate
+from runtime.engine.rates import ReplicaRates
 from runtime.engine.store_port import Acquire, Claim, Lookup, Release, StoreAnswer, StoreState
 from workers.step import BlockCopy, CopyResult
 
@@ -23,7 +24,8 @@ class LoadBench(Bench):
         num_pages = config.pop("num_pages", 40)
         super().__init__(num_pages=num_pages, load_timeout_s=2.0, **config)  # type: ignore[arg-type]
         self.port = ScriptedPort()
-        self.loads = KvLoads(self.config, self.blocks, self.port, itertools.count(1), block_bytes=100)
+        self.rates = ReplicaRates()
+        self.loads = KvLoads(self.config, self.blocks, self.port, itertools.count(1), block_bytes=100, rates=self.rates)
         self.now_s = 10.0
         self.copies: list[BlockCopy] = []
         self.claim_outcome: ClaimOutcome | None = ClaimOutcome.GRANTED  # None: claims stay open
@@ -122,6 +124,40 @@ def test_pages_and_store_share_a_prefix() -> None:
     bench.plan()
     assert live.cached is not None
     assert live.cached == (8, 0, 4, 0)
+
+
+def test_a_fast_replica_asks_for_no_few_tokens_behind_its_pages() -> None:
+    bench = LoadBench()
+    bench.add("first", PROMPT[:9], max_tokens=1)
+    bench.step()  # two blocks are in pages now
+    bench.rates.tokens_per_s = 8 / bench.config.unasked_compute_s
+    assert bench.arrive().load_gate is LoadGate.OPEN
+    assert bench.port.asked == []
+    bench.rates.tokens_per_s /= 2
+    assert bench.arrive("slow").load_gate is LoadGate.WAIT
+
+
+def test_a_fast_replica_asks_for_a_step_of_tokens_and_for_what_begins_a_prompt() -> None:
+    bench = LoadBench(num_pages=80)
+    bench.rates.tokens_per_s = 1e9
+    assert bench.arrive().load_gate is LoadGate.WAIT
+    assert bench.find(0) == Lookup(chain_keys(ROOT, PROMPT, BLOCK_SIZE))
+    bench.step()
+    bench.step()
+    assert bench.arrive("long", [*PROMPT[:16], *range(65)]).load_gate is LoadGate.WAIT
+    assert bench.arrive("short", [*PROMPT[:16], *range(64)]).load_gate is LoadGate.OPEN
+
+
+def test_a_fast_replica_claims_no_few_tokens_behind_what_was_found() -> None:
+    bench = LoadBench()
+    bench.rates.tokens_per_s = 1e9
+    live = bench.arrive()
+    bench.find(2)
+    assert bench.claims == []
+    bench.grant(2)
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.OPEN
+    bench.settled()
 
 
 def test_what_the_pages_hold_is_not_looked_up() -> None:
