@@ -9,6 +9,7 @@ from engine_parts import BLOCK_SIZE, Bench
 
 from runtime.engine.config import EngineConfig, StepLimits
 from runtime.engine.live import LoadGate, Phase
+from runtime.engine.scheduler import BACKLOG_STEPS
 from workers.step import NULL_PAGE, BlockCopy, SamplingSettings
 
 
@@ -139,7 +140,7 @@ def test_all_prompts_beside_outputs_share_that_part() -> None:
     bench = prompt_bench(max_prompt_tokens_beside_outputs=100)
     bench.add("running", 4, max_tokens=50)
     bench.step()
-    prompts = [bench.add("long", 2000)]
+    prompts = [bench.add("long", 1500)]
     assert bench.step() == {"running": 1, "long": 100}
     prompts += [bench.add("short", 40), bench.add("next", 300)]
     assert bench.step() == {"running": 1, "long": 75, "short": 25}, "a quarter for shorter ones, as of any other step"
@@ -443,3 +444,12 @@ def test_a_resumed_request_counts_its_old_tokens() -> None:
     bench.step()
     assert live.num_outputs == 4
     assert live.phase is Phase.FINISHED
+
+
+def test_prompts_that_wait_may_take_more_beside_outputs() -> None:
+    bench = prompt_bench(max_prompt_tokens_beside_outputs=100)
+    bench.add("running", 4, max_tokens=50)
+    bench.step()
+    for number in range(4):
+        bench.add(f"long {number}", 8000)
+    assert sum((bench.step() or {}).values()) == 1 + 4 * 8000 // BACKLOG_STEPS
