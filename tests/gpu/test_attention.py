@@ -76,11 +76,11 @@ BATCHES: list[list[Row]] = [
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_gqa(num_heads, num_kv_heads, head_dim, block_size):
     shape = AttentionShape(num_heads, num_kv_heads, head_dim, head_dim**-0.5)
-    fast, exact = pools((num_kv_heads, NUM_LAYERS, 2, block_size, head_dim), block_size, 128)
+    fast, exact = pools((num_kv_heads, NUM_LAYERS, 2, block_size, head_dim), block_size, 256)
     backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
     rng = np.random.RandomState(block_size)
     for rows in BATCHES:
-        batch = make_batch(rows, block_size, 128, rng)
+        batch = make_batch(rows, block_size, 256, rng)
         backend.begin(batch)
         reference.begin(batch)
         for layer in range(NUM_LAYERS):

@@ -125,12 +125,12 @@ def test_checksums(part_bytes):
     from workers.kernels.checksum import PartHasher
 
     data = torch.randint(0, 256, (part_bytes * 9,), dtype=torch.uint8, device="cuda")
-    hasher, places = PartHasher(data, part_bytes), np.array([0, 8, 3, 5, 1], np.int64) * part_bytes
-    started = hasher.start(places)
+    hasher, places = PartHasher(data, part_bytes, 6), np.array([0, 8, 3, 5, 1], np.int64) * part_bytes
+    hasher.start(places)
     torch.cuda.synchronize()
     host = data.cpu().numpy()
     expected = [xxhash.xxh3_64_intdigest(host[place : place + part_bytes].tobytes()) for place in places]
-    assert hasher.finish(started).tolist() == expected
+    assert hasher.finish(5).tolist() == expected
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 65])
@@ -199,5 +199,7 @@ def test_draws_are_those_of_the_cpu():
     filtered = plain._replace(top_k=torch.full((64,), 40), max_top_k=40, top_p=torch.full((64,), 0.9), any_top_p=True)
     for draws in (plain, filtered):
         on_device = Draws(*(value.cuda() if isinstance(value, torch.Tensor) else value for value in draws))
+        table = torch.stack([on_device.temperature, *[torch.ones_like(on_device.temperature)] * 5], dim=1)
+        on_device = on_device._replace(temperature=table[:, 0])  # a column, as a batch has it
         same = draw(logits.cuda(), on_device).cpu() == draw(logits, draws)
         assert same.float().mean() > 0.98  # a logarithm may round otherwise, and decide between two tokens

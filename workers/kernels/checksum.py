@@ -65,34 +65,36 @@ def can_hash(part_bytes: int) -> bool:
 
 
 class PartHasher:
-    """For parts of `part_bytes` in `data` (uint8, contiguous, 8-byte aligned). One stream at a time."""
+    """For up to `max_parts` parts of `part_bytes` in `data` (uint8, contiguous, 8-byte aligned), one lot after the other. Its memory is
+    allocated once: pinning some would wait for all that the device has to do."""
 
-    def __init__(self, data: torch.Tensor, part_bytes: int) -> None:
+    def __init__(self, data: torch.Tensor, part_bytes: int, max_parts: int) -> None:
         self._words = data.view(torch.int64)
         self._part_bytes = part_bytes
         last = _SECRET[_LAST_KEY : _LAST_KEY + 64]
         start = np.array(_START, np.uint64).tobytes()
         keys = np.frombuffer(_SECRET + last + start, np.int64).copy()  # 24 words of the secret, 8 of the last stripe, 8 to begin with
         self._keys = torch.from_numpy(keys).to(data.device)
+        self._starts, self._acc = (torch.empty(shape, dtype=torch.int64, device=data.device) for shape in (max_parts, (max_parts, _LANES)))
+        self._host_starts, self._host_acc = (
+            torch.empty(each.shape, dtype=torch.int64, pin_memory=data.is_cuda) for each in (self._starts, self._acc)
+        )
 
-    def start(self, offsets_N: np.ndarray) -> torch.Tensor:
-        """Queues the hashing of the parts at these bytes. What it returns is for `finish`, once the current stream has come so far."""
-        num_parts, size = len(offsets_N), self._part_bytes
-        starts = torch.from_numpy(offsets_N // 8)
-        on_gpu = self._words.is_cuda
-        if on_gpu:
-            starts = starts.pin_memory().to(self._words.device, non_blocking=True)
-        acc = torch.empty((num_parts, _LANES), dtype=torch.int64, device=self._words.device)
+    def start(self, offsets_N: np.ndarray) -> None:
+        """Queues the hashing of the parts at these bytes on the current stream."""
+        count, size = len(offsets_N), self._part_bytes
+        self._host_starts[:count] = torch.from_numpy(offsets_N // 8)
+        self._starts[:count].copy_(self._host_starts[:count], non_blocking=True)
         num_blocks = (size - 1) // 1024
-        _accumulate[(triton.cdiv(num_parts, _PARTS),)](
-            self._words, starts, self._keys, acc, num_parts, num_blocks, (size - 1 - 1024 * num_blocks) // 64, size // 8 - _STRIPE_WORDS,
-            PARTS=_PARTS, num_warps=1,
+        _accumulate[(triton.cdiv(count, _PARTS),)](
+            self._words, self._starts, self._keys, self._acc, count, num_blocks, (size - 1 - 1024 * num_blocks) // 64,
+            size // 8 - _STRIPE_WORDS, PARTS=_PARTS, num_warps=1,
         )  # fmt: skip
-        return torch.empty(acc.shape, dtype=acc.dtype, pin_memory=True).copy_(acc, non_blocking=True) if on_gpu else acc
+        self._host_acc[:count].copy_(self._acc[:count], non_blocking=True)
 
-    def finish(self, started: torch.Tensor) -> np.ndarray:
-        """The hashes, uint64 [N]."""
-        acc = started.numpy().view(np.uint64)
+    def finish(self, count: int) -> np.ndarray:
+        """The hashes of the `count` parts, uint64, once the stream has come so far."""
+        acc = self._host_acc[:count].numpy().view(np.uint64)
         keys = np.frombuffer(_SECRET[_MERGE_KEY : _MERGE_KEY + 64], np.uint64)
         mixed = acc ^ keys
         out = np.full(len(acc), self._part_bytes * _PRIMES_64[0] & 0xFFFFFFFFFFFFFFFF, np.uint64)

@@ -52,6 +52,7 @@ def draw(logits_SV: torch.Tensor, temperature_S: torch.Tensor, keys_S2: torch.Te
     """Tokens [S] (int64). `keys_S2`: int32, each row's two keys of noise; temperature 0 takes the largest logit. Logits of tokens that must
     not be drawn are -inf."""
     num_rows, vocab_size = logits_SV.shape
+    temperature_S, keys_S2 = temperature_S.contiguous(), keys_S2.contiguous()  # settings come as columns of a table
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
     best = torch.empty((num_rows, num_blocks), dtype=torch.float32, device=logits_SV.device)
     at = torch.empty((num_rows, num_blocks), dtype=torch.int64, device=logits_SV.device)

@@ -108,9 +108,8 @@ class CudaMover:
         self._address: int = pool.tensor.data_ptr()
         self._is_save = is_save
         torch.cuda.set_device(pool.tensor.device)
-        self._stream = torch.cuda.Stream(pool.tensor.device)
+        self._stream = torch.cuda.Stream(pool.tensor.device, priority=-1)  # hashing must not wait behind a forward pass
         self._dma = Dma()
-        self._started: torch.Tensor | None = None  # hashes on their way
         self._hasher = self._make_hasher(span)
 
     def _make_hasher(self, span: _Span) -> PartHasher | None:
@@ -119,7 +118,8 @@ class CudaMover:
 
         if not span.num_parts or not can_hash(span.part_bytes):
             return None
-        hasher = PartHasher(self._pool.tensor.view(self._torch.uint8).flatten(), span.part_bytes)
+        max_parts = MAX_BATCH["cuda"] * span.num_parts
+        hasher = PartHasher(self._pool.tensor.view(self._torch.uint8).flatten(), span.part_bytes, max_parts)
         with self._torch.cuda.stream(self._stream):
             hasher.start(np.zeros(span.num_parts, np.int64))
         self._stream.synchronize()
@@ -148,14 +148,13 @@ class CudaMover:
             pages = np.array([copy.page for copy in copies], np.int64)[:, None]
             parts = np.arange(span.num_parts)[None, :]
             with self._torch.cuda.stream(self._stream):
-                self._started = self._hasher.start((pages * self._page_bytes + span.page_start + parts * span.part_bytes).ravel())
+                self._hasher.start((pages * self._page_bytes + span.page_start + parts * span.part_bytes).ravel())
 
     def finish(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> list[bytes]:
         self._stream.synchronize()
         if self._hasher is None:
             return [_hash_slot(copy, mapping, span) for copy in copies]
-        assert self._started is not None
-        rows = self._hasher.finish(self._started).reshape(len(copies), -1)
+        rows = self._hasher.finish(len(copies) * span.num_parts).reshape(len(copies), -1)
         return [row.astype("<u8").tobytes() for row in rows]
 
 
