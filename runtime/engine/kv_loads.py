@@ -56,16 +56,16 @@ class KvLoads:
         port: StorePort,
         copy_ids: Iterator[int],
         block_bytes: int,
-        rates: ReplicaRates | None = None,
+        rates: ReplicaRates,
     ) -> None:
-        """`block_bytes` of one stored block; `rates` are the replica's, None: not measured."""
+        """`block_bytes` of one stored block; `rates` are the replica's."""
         self.leases = Leases(port)
         self.claims = FlightClaims(port)
         self.num_awaited = 0  # blocks that came from the store because a request waited for another replica
         self.num_failed = 0  # copies that did not deliver
         self._config, self._blocks, self._port, self._copy_ids = config, blocks, port, copy_ids
         self._block_bytes = block_bytes
-        self._rates = rates or ReplicaRates()
+        self._rates = rates
         self._waits: dict[LiveRequest, Wait] = {}
         self._lookups: dict[int, Wait] = {}
         self._claimings: dict[int, Wait] = {}

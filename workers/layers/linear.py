@@ -80,14 +80,10 @@ class GatedMlp(nn.Module):
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         gate_up = self.gate_up_proj
         if x_TH.is_cuda:
-            from workers.kernels import linear
+            from workers.kernels import linear, norm
 
             if linear.can_multiply(x_TH, gate_up.weight):
                 return self.down_proj(linear.multiply(x_TH, gate_up.weight, gate_up.bias, gated=True))
-        gate_up_TI = gate_up(x_TH)
-        if gate_up_TI.is_cuda:
-            from workers.kernels.norm import silu_mul
-
-            return self.down_proj(silu_mul(gate_up_TI))
-        gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
+            return self.down_proj(norm.silu_mul(gate_up(x_TH)))
+        gate_TI, up_TI = gate_up(x_TH).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate_TI).mul_(up_TI))

@@ -17,7 +17,7 @@ from workers.layers.linear import GatedMlp
 from workers.layers.parameter import Part, Placement
 from workers.models.config import MoeConfig
 
-_MAX_SIDE_TOKENS = 256
+_MAX_SIDE_TOKENS = 256  # a longer step keeps the GPU busy without a second stream
 Shared = Callable[[], torch.Tensor]
 
 
