@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TextIO
 
 from rich.console import Console
 
@@ -24,11 +25,20 @@ READY_TIMEOUT_S = 1800.0
 
 def generate_remote(address: str, request: pb.GenerateRequest, *, as_json: bool, api_key: str = "") -> None:
     with InferenceClient(address, api_key=api_key) as client:
-        _print(client.stream(request), as_json=as_json)
+        _print(client.stream(request), sys.stdout, as_json=as_json)
 
 
 def generate_offline(settings: ServeSettings, request: pb.GenerateRequest, *, as_json: bool, console: Console) -> None:
-    """Starts a deployment without a front door, runs the request on it and removes it. No model: the embedded `gqa`."""
+    """Starts a deployment without a front door, runs the request on it and removes it. No model: the embedded `gqa`.
+
+    Standard output is the answer's alone: Ray, which tells there of workers that ended, is sent to standard error.
+    """
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        _generate_offline(settings, request, out, as_json=as_json, console=console)
+
+
+def _generate_offline(settings: ServeSettings, request: pb.GenerateRequest, out: TextIO, *, as_json: bool, console: Console) -> None:
     settings = replace(settings, model=settings.model or str(EMBEDDED_MODELS / "gqa"))
     announce_model(settings, console)
     with deployed(settings, front_doors=False) as deployment:
@@ -38,7 +48,7 @@ def generate_offline(settings: ServeSettings, request: pb.GenerateRequest, *, as
             model=settings.model, model_names=settings.model_names, policy=settings.policy, secret=deployment.spec.secret
         )
         with _offline_events(OfflineDoor(config, deployment.membership()), request) as events:
-            _print(events, as_json=as_json)
+            _print(events, out, as_json=as_json)
 
 
 @contextlib.contextmanager
@@ -62,18 +72,18 @@ def _offline_events(door: OfflineDoor, request: pb.GenerateRequest) -> Iterator[
             runner.run(door.__aexit__())
 
 
-def _print(events: Iterator[pb.GenerateEvent], *, as_json: bool) -> None:
-    completion: Completion = collect(events if as_json else _echo(events))
-    print(completion.to_json() if as_json else "", flush=True)
+def _print(events: Iterator[pb.GenerateEvent], out: TextIO, *, as_json: bool) -> None:
+    completion: Completion = collect(events if as_json else _echo(events, out))
+    print(completion.to_json() if as_json else "", file=out, flush=True)
 
 
-def _echo(events: Iterator[pb.GenerateEvent]) -> Iterator[pb.GenerateEvent]:
+def _echo(events: Iterator[pb.GenerateEvent], out: TextIO) -> Iterator[pb.GenerateEvent]:
     """Writes text as it comes; ids where the model has no tokenizer."""
     wrote_text = False
     for event in events:
         if event.WhichOneof("event") == "tokens":
             wrote_text = wrote_text or bool(event.tokens.text)
             ids = "" if wrote_text else " ".join(str(token_id) for token_id in event.tokens.token_ids) + " "
-            sys.stdout.write(event.tokens.text or ids)
-            sys.stdout.flush()
+            out.write(event.tokens.text or ids)
+            out.flush()
         yield event
