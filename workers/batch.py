@@ -31,22 +31,6 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 _READ_AHEAD_PAGES = 256  # kernels may look up pages of a whole tile of keys, behind the end of the last row
 
 
-class Mirror:
-    """An array on the host and its copy on the device; on the CPU they are the same memory."""
-
-    def __init__(self, shape: Sequence[int], dtype: type[np.generic], device: torch.device) -> None:
-        self.host = np.zeros(shape, dtype)
-        self.device = torch.from_numpy(self.host).to(device)
-        self._is_shared = device.type == "cpu"
-
-    def set(self, index: np.ndarray, values: np.ndarray) -> None:
-        """Assigns along the first dimension."""
-        self.host[index] = values
-        if not self._is_shared:
-            device = self.device.device
-            self.device[to_device(index, device)] = to_device(self.host[index], device)
-
-
 class GraphInputs:
     """Where a captured graph of `size` decode rows reads its step: int64 words, one column per row, then the rows' pages as int32."""
 
@@ -98,7 +82,10 @@ class StepInput:
 class Batch:
     """Slots for up to `max_num_seqs` rows. Plans must be consistent: an unknown row or an overfull batch is the engine's bug."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device, *, has_block_table: bool = True
+    ) -> None:
+        """`has_block_table`: whether steps come with one."""
         self.max_blocks = -(-max_model_len // block_size)
         self.null_slot = max_num_seqs  # of padding
         self.graphs: list[GraphInputs] = []  # captured sizes, ascending
@@ -112,7 +99,10 @@ class Batch:
         self._num_computed = np.zeros(max_num_seqs, np.int64)
         self._num_prompt = np.zeros(max_num_seqs, np.int64)
         self._num_pages = np.zeros(max_num_seqs, np.int64)
-        self._block_table = Mirror((max_num_seqs, self.max_blocks), np.int64, device)
+        self._has_sampled = np.zeros(max_num_seqs, bool)  # else the last token is known here alone
+        self._block_table = np.zeros((max_num_seqs, self.max_blocks), np.int64)
+        self._has_device_table = has_block_table
+        self._device_table = torch.from_numpy(self._block_table if has_block_table else self._block_table[:0]).to(device)  # CPU: shared
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self.sampling = SamplingSlots(max_num_seqs, vocab_size, device)
 
@@ -144,10 +134,11 @@ class Batch:
             self._num_pages[slot] = 0
             slots.append(slot)
         index = np.array(slots, np.int64)
-        self._block_table.set(index, np.zeros((len(rows), 1), np.int64))
+        self._has_sampled[index] = False
+        self._block_table[index] = NULL_PAGE
+        if self._has_device_table and self._on_cuda:
+            self._device_table[to_device(index, self._device)] = NULL_PAGE
         self._append_pages([(slot, row.pages) for slot, row in zip(slots, rows, strict=True) if row.pages])
-        last = np.array([self._known_tokens[slot][-1] for slot in slots], np.int64)
-        self.last_tokens[to_device(index, self._device)] = to_device(last, self._device)
         self.sampling.admit(slots, rows, self._known_tokens)
 
     def _append_pages(self, added: list[tuple[int, list[int]]]) -> None:
@@ -162,14 +153,14 @@ class Batch:
             columns += range(first, first + len(new_pages))
             pages += new_pages
             self._num_pages[slot] = first + len(new_pages)
-        host = self._block_table.host
-        host[rows, columns] = pages
-        if self._on_cuda:
-            flat = np.array(rows, np.int64) * host.shape[1] + np.array(columns, np.int64)
-            self._block_table.device.view(-1)[to_device(flat, self._device)] = to_device(np.array(pages, np.int64), self._device)
+        self._block_table[rows, columns] = pages
+        if self._has_device_table and self._on_cuda:
+            flat = np.array(rows, np.int64) * self.max_blocks + np.array(columns, np.int64)
+            self._device_table.view(-1)[to_device(flat, self._device)] = to_device(np.array(pages, np.int64), self._device)
 
     def _lay_out(self, slots: np.ndarray, num_queries: np.ndarray) -> StepInput:
         is_decode = (num_queries == 1) & (self._num_computed[slots] == self._num_known[slots] - 1)
+        self._send_last_tokens(slots[is_decode & ~self._has_sampled[slots]])
         # Decode rows first, those of like length together; then the others by number of query tokens.
         order = np.lexsort((self._num_computed[slots], num_queries, ~is_decode))
         slots, num_queries, num_decode = slots[order], num_queries[order], int(is_decode.sum())
@@ -180,7 +171,7 @@ class Batch:
         starts = np.concatenate(([0], np.cumsum(num_queries)))
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - before, num_queries)
         blocks, offsets = np.divmod(positions, self._block_size)
-        pages = self._block_table.host[np.repeat(slots, num_queries), blocks]
+        pages = self._block_table[np.repeat(slots, num_queries), blocks]
         sampled = np.flatnonzero(after == self._num_known[slots])
         scores = self._prompt_scores(slots, order, before, after, starts)
         graph = self._graph_for(len(slots)) if num_decode == len(slots) and not scores else None
@@ -195,7 +186,13 @@ class Batch:
         )
         self._num_computed[slots] = after
         self._num_known[slots[sampled]] += 1
+        self._has_sampled[slots[sampled]] = True
         return step
+
+    def _send_last_tokens(self, slots: np.ndarray) -> None:
+        if len(slots):
+            last = np.array([self._known_tokens[slot][-1] for slot in slots], np.int64)
+            self.last_tokens[to_device(slots, self._device)] = to_device(last, self._device)
 
     def _graph_for(self, num_rows: int) -> GraphInputs | None:
         """The smallest captured size that holds so many rows."""
@@ -208,7 +205,7 @@ class Batch:
         host_ids = [self._known_tokens[slots[row]][before[row] : after[row]] for row in range(num_decode, len(slots))]
         last_block = (after - 1) // self._block_size
         is_started = (last_block > (before - 1) // self._block_size) & (after % self._block_size != 0)
-        started = self._block_table.host[slots[is_started], last_block[is_started]]
+        started = self._block_table[slots[is_started], last_block[is_started]]
         kv_starts, kv_pages = self._kv_pages(slots, last_block) if self._on_cuda else (None, np.empty(0, np.int32))
         device = self._send(
             slots, np.concatenate([np.empty(0, np.uint32), *host_ids]), positions, pages, offsets, after, starts[sampled + 1] - 1, started,
@@ -220,7 +217,7 @@ class Batch:
             query_starts=starts.tolist(),
             seq_lens=after.tolist(),
             device_seq_lens=device_after,
-            block_table=self._block_table.device[device_slots, : int(last_block.max()) + 1],
+            block_table=self._device_table[device_slots, : int(last_block.max()) + 1] if self._has_device_table else self._device_table,
             pages=device_pages,
             offsets=device_offsets,
             kv_pages=device[9].view(torch.int32)[: len(kv_pages)] if self._on_cuda else None,
@@ -228,7 +225,7 @@ class Batch:
         )
         return {
             "attention": attention,
-            "ids": torch.cat((self.last_tokens[device_slots[:num_decode]], device_ids)),
+            "ids": torch.cat((self.last_tokens[device_slots[:num_decode]], device_ids)) if num_decode else device_ids,
             "positions": device_positions,
             "started_pages": started_pages,
             "sampled_tokens": sampled_tokens,
@@ -254,7 +251,7 @@ class Batch:
             query_starts=range(graph.size + 1),
             seq_lens=columns[4],
             device_seq_lens=graph.seq_lens,
-            block_table=self._block_table.device,  # no backend with graphs reads it
+            block_table=self._device_table,
             pages=graph.pages,
             offsets=graph.offsets,
             kv_pages=graph.kv_pages[: len(kv_pages)],
@@ -274,7 +271,7 @@ class Batch:
         counts = last_block + 1
         starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         columns = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
-        return starts, self._block_table.host[np.repeat(slots, counts), columns].astype(np.int32)
+        return starts, self._block_table[np.repeat(slots, counts), columns].astype(np.int32)
 
     def _prompt_scores(
         self, slots: np.ndarray, order: np.ndarray, before: np.ndarray, after: np.ndarray, starts: np.ndarray
@@ -307,18 +304,17 @@ class SamplingSlots:
         self._device = device
         self._vocab_size = vocab_size
         self.settings = [SamplingSettings()] * num_slots
-        self._floats = Mirror((num_slots, 6), np.float32, device)  # temperature, min_p, top_p, repetition, presence, frequency
-        self._ints = Mirror((num_slots, 3), np.int32, device)  # top_k, seed words
+        self._floats = np.zeros((num_slots, 6), np.float32)  # temperature, min_p, top_p, repetition, presence, frequency
+        self._ints = np.zeros((num_slots, 3), np.int32)  # top_k, seed words
         self.wants_prompt_logprobs = np.zeros(num_slots, bool)
         self._is_penalised = np.zeros(num_slots, bool)
         self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # slot -> in prompt [V] bool, output counts [V] int32
 
     def admit(self, slots: list[int], rows: list[NewRow], known_tokens: list[np.ndarray]) -> None:
-        floats, ints = [], []
         for slot, row in zip(slots, rows, strict=True):
             s = self.settings[slot] = row.sampling
-            floats.append((s.temperature, s.min_p, s.top_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty))
-            ints.append((min(s.top_k, self._vocab_size), *split_seed(s.seed)))
+            self._floats[slot] = s.temperature, s.min_p, s.top_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty
+            self._ints[slot] = min(s.top_k, self._vocab_size), *split_seed(s.seed)
             self.wants_prompt_logprobs[slot] = s.num_prompt_logprobs is not None
             self._is_penalised[slot] = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
             if self._is_penalised[slot]:
@@ -327,29 +323,27 @@ class SamplingSlots:
                 in_prompt[prompt] = True
                 counts = np.bincount(output, minlength=self._vocab_size).astype(np.int32)
                 self._counts[slot] = (to_device(in_prompt, self._device), to_device(counts, self._device))
-        index = np.array(slots, np.int64)
-        self._floats.set(index, np.array(floats, np.float32))
-        self._ints.set(index, np.array(ints, np.int32))
 
     def release(self, slot: int) -> None:
         self._counts.pop(slot, None)
 
     def is_plain_greedy(self, slots: np.ndarray) -> bool:
         """Whether the largest logit is the answer for all of them."""
-        return not self._floats.host[slots, 0].any() and not self._is_penalised[slots].any()
+        return not self._floats[slots, 0].any() and not self._is_penalised[slots].any()
 
     def draws(self, slots: np.ndarray, output_positions: np.ndarray) -> Draws:
-        index = to_device(slots, self._device)
-        floats, ints = self._floats.device[index], self._ints.device[index]
-        host = self._floats.host[slots]
+        host, ints = self._floats[slots], self._ints[slots]
+        words = np.concatenate((host.view(np.int32), ints, output_positions.astype(np.int32)[:, None]), axis=1)
+        floats_SF, top_k, seeds_S2, positions = to_device(words, self._device).split([host.shape[1], 1, 2, 1], dim=1)
+        temperature, min_p, top_p = floats_SF.view(torch.float32).unbind(1)[:3]
         return Draws(
-            temperature=floats[:, 0],
-            min_p=floats[:, 1],
-            top_p=floats[:, 2],
-            top_k=ints[:, 0].long(),
-            seeds=ints[:, 1:],
-            positions=to_device(output_positions.astype(np.int32), self._device),
-            max_top_k=int(self._ints.host[slots, 0].max()),
+            temperature=temperature,
+            min_p=min_p,
+            top_p=top_p,
+            top_k=top_k[:, 0].long(),
+            seeds=seeds_S2,
+            positions=positions[:, 0],
+            max_top_k=int(ints[:, 0].max()),
             any_top_p=bool((host[:, 2] < 1).any()),
             any_min_p=bool((host[:, 1] > 0).any()),
         )
@@ -359,7 +353,7 @@ class SamplingSlots:
 
     def penalties(self, slots: np.ndarray) -> Penalties:
         """Of slots that are all penalised."""
-        floats = self._floats.device[to_device(slots, self._device)]
+        floats = to_device(self._floats[slots], self._device)
         in_prompt, counts = zip(*(self._counts[slot] for slot in slots.tolist()), strict=True)
         return Penalties(floats[:, 3], floats[:, 4], floats[:, 5], torch.stack(in_prompt), torch.stack(counts))
 

@@ -76,7 +76,14 @@ class Runner:
         shape = attention_shape(model_config, self.layout, comm.world_size)
         self._backend = make_backend(config.attention_backend, shape, self.pool)
         self._backend.build(progress)
-        self._batch = Batch(config.max_num_seqs, self.max_model_len, self.layout.block_size, model_config.vocab_size, device)
+        self._batch = Batch(
+            config.max_num_seqs,
+            self.max_model_len,
+            self.layout.block_size,
+            model_config.vocab_size,
+            device,
+            has_block_table=self._backend.reads_block_table,
+        )
         self._graphs: DecodeGraphs | None = None
         self._pieces: PieceGraphs | None = None
         if device.type == "cuda" and self._backend.has_graphs and config.cuda_graphs:

@@ -32,21 +32,21 @@ def measure() -> dict[str, Any]:
 def _copy_rate() -> float:
     source = torch.randn(COPY_BYTES // 2, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _seconds(lambda: target.copy_(source))
+    return 2 * COPY_BYTES / seconds(lambda: target.copy_(source))
 
 
 def _matmul_rate(size: int) -> float:
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return float(2 * size**3 / _seconds(lambda: torch.matmul(a, b)))
+    return float(2 * size**3 / seconds(lambda: torch.matmul(a, b)))
 
 
 def _host_rate() -> float:
     source = torch.randint(0, 255, (HOST_BYTES,), dtype=torch.uint8).pin_memory()
     target = torch.empty(HOST_BYTES, dtype=torch.uint8, device="cuda")
-    return HOST_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True))
+    return HOST_BYTES / seconds(lambda: target.copy_(source, non_blocking=True))
 
 
-def _seconds(action: Callable[[], object]) -> float:
+def seconds(action: Callable[[], object]) -> float:
     """Of one run, on the device, the mean of several behind each other."""
     for _ in range(3):
         action()

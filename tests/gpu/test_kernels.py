@@ -85,6 +85,27 @@ def test_mla_rotation_and_writes(dtype, interleaved):
     near(pool[pages, 2, offsets], expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 24])
+def test_pages_are_copied_together(dtype, block):
+    """Two rows, whose last pages are not full."""
+    from workers.kernels.pages import gather_gqa
+
+    pool = randn(12, 2, 3, 2, block, 64, dtype=dtype)
+    rows = [([7, 2, 9], 2 * block + 5), ([4, 11, 1], 3 * block - 1)]
+    starts, expected, first = [], [], 0
+    for pages, length in rows:
+        starts += range(first, first + length, block)
+        expected.append(pool[pages, :, 1].permute(2, 0, 3, 1, 4).flatten(1, 2)[:, :length])
+        first += length
+    keys, values = (torch.full((first + 1, 2, 64), 7.0, dtype=dtype, device="cuda") for _ in range(2))
+    pages = torch.tensor([page for pages, _ in rows for page in pages], dtype=torch.int32, device="cuda")
+    gather_gqa(pool, 1, pages, torch.tensor([*starts, first], dtype=torch.int32, device="cuda"), keys, values)
+    for actual, wanted in zip((keys, values), torch.cat(expected, dim=1), strict=True):
+        assert torch.equal(actual[:-1], wanted)
+        assert (actual[-1] == 7).all()
+
+
 def test_writes_reach_pages_beyond_32_bits():
     from workers.kernels.pages import rotate_and_write_gqa
 
@@ -134,11 +155,25 @@ def test_checksums(part_bytes):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 65])
-def test_scores_of_experts(num_tokens):
-    from workers.kernels.experts import score_experts
+@pytest.mark.parametrize("stored", DTYPES)
+def test_scores_of_experts(num_tokens, stored):
+    from workers.kernels.experts import bfloat16_terms, score_experts
 
-    x, weight = randn(num_tokens, 1100, dtype=torch.bfloat16), randn(70, 1100)
-    torch.testing.assert_close(score_experts(x, weight), (x.double() @ weight.double().T).float(), rtol=1e-4, atol=1e-3)
+    x, weight = randn(num_tokens, 1100, dtype=torch.bfloat16), randn(72, 1100, dtype=stored).float()
+    terms = bfloat16_terms(weight)
+    assert torch.equal(terms.double().unflatten(0, (-1, 72)).sum(0), weight.double())
+    assert len(terms) == (72 if stored is torch.bfloat16 else 3 * 72)
+    expected = (x.double() @ weight.double().T).float()
+    for actual in (score_experts(x, weight), score_experts(x, weight, terms)):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_keys_are_joined_of_their_two_parts():
+    from workers.kernels.pages import join_keys
+
+    up, rope = randn(37, 5, 256, dtype=torch.bfloat16), randn(37, 576, dtype=torch.bfloat16)[:, 512:]
+    keys = join_keys(up[..., :128], rope)
+    assert torch.equal(keys, torch.cat((up[..., :128], rope.unsqueeze(1).expand(-1, 5, -1)), dim=2))
 
 
 @pytest.mark.parametrize("sigmoid", [True, False])

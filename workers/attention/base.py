@@ -74,7 +74,7 @@ class AttentionBatch:
     query_starts: Sequence[int]  # R + 1; tokens of row r are [query_starts[r], query_starts[r + 1])
     seq_lens: Sequence[int]  # R; tokens whose keys are in the pages once this step has written its own
     device_seq_lens: torch.Tensor  # [R] the same, int64
-    block_table: torch.Tensor  # [R, B] int64 pages; holes are the null page
+    block_table: torch.Tensor  # [R, B] int64 pages, holes are the null page; empty for backends that do not read it
     pages: torch.Tensor  # [T] int64, where each token's keys and values go
     offsets: torch.Tensor  # [T] int64, position inside the page
     kv_pages: torch.Tensor | None = None  # on CUDA: the rows' pages one after the other, int32
@@ -93,6 +93,7 @@ class AttentionBackend(abc.ABC):
 
     has_graphs = False  # whether decode steps may be captured: `reserve_graph` and `begin_graph` are there
     reads_behind_end = True  # whether it multiplies by what lies behind the end of a row in its last page
+    reads_block_table = True  # whether `AttentionBatch.block_table` is needed
     has_window = False  # whether `AttentionShape.window` is heeded
     has_unequal_groups = False  # whether shapes without equal groups are
     batch: AttentionBatch

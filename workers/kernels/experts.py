@@ -20,11 +20,13 @@ import triton.language as tl
 
 from workers.kernels.norm import silu_mul
 
+Shared = Callable[[], torch.Tensor] | None
 _GROUP_BLOCK = 1024
 _MAX_GROUPED_PAIRS = 8192  # beyond, a sort is faster than a pass per expert
 _MANY_PAIRS = 64  # per expert
 _MAX_SCORED_TOKENS = 64  # beyond, a matrix product that reads the weights once is faster
 _SCORED_EXPERTS = 4  # of one program
+_MAX_TERMS = 3  # of 8 bits each: float32 has 24
 
 
 @triton.jit
@@ -40,11 +42,24 @@ def _score(x_ptr, weight_ptr, out_ptr, H, E, x_stride, EXPERTS: tl.constexpr, BL
     tl.store(out_ptr + token * E + expert, tl.sum(acc, 1), mask=expert < E)
 
 
-def score_experts(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
-    """Logits [T, E] in float32, products and sums too."""
+def bfloat16_terms(weight_EH: torch.Tensor) -> torch.Tensor:
+    """A float32 weight as a sum of up to three bfloat16 ones [n * E, H], which is exact: one where a checkpoint in bfloat16 had it."""
+    terms = [weight_EH.bfloat16()]
+    rest_EH = weight_EH - terms[0].float()
+    while len(terms) < _MAX_TERMS and rest_EH.any():
+        terms.append(rest_EH.bfloat16())
+        rest_EH = rest_EH - terms[-1].float()
+    return torch.cat(terms)
+
+
+def score_experts(x_TH: torch.Tensor, weight_EH: torch.Tensor, terms: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits [T, E] in float32, products and sums too. `terms`: `bfloat16_terms` of the weight; tensor cores multiply these exactly."""
     (num_tokens, hidden), num_experts = x_TH.shape, len(weight_EH)
     if num_tokens > _MAX_SCORED_TOKENS:
-        return F.linear(x_TH.float(), weight_EH)
+        if terms is None or x_TH.dtype is not torch.bfloat16:
+            return F.linear(x_TH.float(), weight_EH)
+        logits = torch.mm(x_TH, terms.t(), out_dtype=torch.float32)
+        return logits if len(terms) == num_experts else logits.view(num_tokens, -1, num_experts).sum(1)
     out_TE = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x_TH.device)
     _score[(num_tokens, triton.cdiv(num_experts, _SCORED_EXPERTS))](
         x_TH, weight_EH, out_TE, hidden, num_experts, x_TH.stride(0), EXPERTS=_SCORED_EXPERTS, BLOCK=1024, num_warps=8
@@ -252,20 +267,44 @@ def run_experts(
     weights_TK: torch.Tensor,
     gate_up_EIH: torch.Tensor,
     down_EHI: torch.Tensor,
-    shared: Callable[[], torch.Tensor] | None,
+    shared: Shared,
 ) -> torch.Tensor:
     """Weighted sum over each token's experts, plus what `shared` returns, [T, H]. Weights: [E, gate | up, H] and [E, H, I]."""
     num_experts, _, size = down_EHI.shape
-    num_pairs = experts_TK.numel()
+    is_many = experts_TK.numel() > _MANY_PAIRS * num_experts and x_TH.dtype is torch.bfloat16 and size % 8 == 0
+    return (run_grouped if is_many else run_streamed)(x_TH, experts_TK, weights_TK, gate_up_EIH, down_EHI, shared)
+
+
+def run_grouped(
+    x_TH: torch.Tensor,
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    gate_up_EIH: torch.Tensor,
+    down_EHI: torch.Tensor,
+    shared: Shared = None,
+) -> torch.Tensor:
+    """`run_experts` by torch's grouped products over tokens copied into the order of their experts."""
+    order_P, starts = group_pairs(experts_TK, len(down_EHI))
+    sorted_PH = x_TH[order_P // experts_TK.shape[1]]
+    inner_PI = silu_mul(torch._grouped_mm(sorted_PH, gate_up_EIH.transpose(1, 2), offs=starts[1:]))
+    pairs_PH = torch._grouped_mm(inner_PI, down_EHI.transpose(1, 2), offs=starts[1:])
+    places_P = torch.empty_like(order_P)
+    places_P[order_P] = torch.arange(len(order_P), dtype=torch.int32, device=order_P.device)
+    return _sum(pairs_PH, weights_TK, shared and shared(), places_P)
+
+
+def run_streamed(
+    x_TH: torch.Tensor,
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    gate_up_EIH: torch.Tensor,
+    down_EHI: torch.Tensor,
+    shared: Shared = None,
+) -> torch.Tensor:
+    """`run_experts` by kernels that read each expert's weights once."""
+    (num_experts, hidden, size), num_pairs = down_EHI.shape, experts_TK.numel()
     order_P, starts = group_pairs(experts_TK, num_experts)
-    if num_pairs > _MANY_PAIRS * num_experts and x_TH.dtype is torch.bfloat16 and size % 8 == 0:
-        sorted_PH = x_TH[order_P // experts_TK.shape[1]]
-        inner_PI = silu_mul(torch._grouped_mm(sorted_PH, gate_up_EIH.transpose(1, 2), offs=starts[1:]))
-        pairs_PH = torch._grouped_mm(inner_PI, down_EHI.transpose(1, 2), offs=starts[1:])
-        places_P = torch.empty_like(order_P)
-        places_P[order_P] = torch.arange(num_pairs, dtype=torch.int32, device=order_P.device)
-        return _sum(pairs_PH, weights_TK, shared and shared(), places_P)
-    hidden, shape = x_TH.shape[1], _tile(num_pairs / num_experts, x_TH.dtype)
+    shape = _tile(num_pairs / num_experts, x_TH.dtype)
     inner_PI = x_TH.new_empty((num_pairs, size))
     _gate_up[(num_experts, triton.cdiv(size, shape["BLOCK_N"]))](
         x_TH, gate_up_EIH, order_P, starts, inner_PI, hidden, size, experts_TK.shape[1],

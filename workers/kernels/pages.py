@@ -1,4 +1,4 @@
-"""Rotates queries and keys and writes keys and values into their pages, in one pass.
+"""Rotates queries and keys and writes keys and values into their pages, in one pass; and gathers what attention reads at once.
 
 T tokens, M heads of queries, keys and values, D dimensions of a head, R = D / 2 frequencies, N query heads, C latent, P = latent + rope.
 Offsets into the pool are 64 bits wide: a pool has more than 2^32 elements.
@@ -70,6 +70,63 @@ def rotate_and_write_gqa(
         qkv_TMD.stride(0), pool.stride(0), pool.stride(1), layer * pool.stride(2), pool.stride(3), num_heads, num_kv_heads, eps,
         HAS_NORM=norms is not None, D=head_dim, HEADS=_HEADS, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _gather_gqa(
+    pool_ptr, pages_ptr, starts_ptr, keys_ptr, values_ptr, page_stride, head_stride, layer_offset, value_offset, token_stride,
+    block_size, BLOCK: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    index, head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(starts_ptr + index)
+    count = tl.minimum(tl.load(starts_ptr + index + 1) - first, block_size)
+    token, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, D)[None, :]
+    inside = token < count
+    page = tl.load(pages_ptr + index).to(tl.int64)
+    source = pool_ptr + page * page_stride + head * head_stride + layer_offset + token * D + column
+    target = (first.to(tl.int64) + token) * token_stride + head * D + column
+    tl.store(keys_ptr + target, tl.load(source, mask=inside), mask=inside)
+    tl.store(values_ptr + target, tl.load(source + value_offset, mask=inside), mask=inside)
+
+
+def gather_gqa(
+    pool: torch.Tensor, layer: int, pages: torch.Tensor, starts: torch.Tensor, keys_SKD: torch.Tensor, values_SKD: torch.Tensor
+) -> None:
+    """Copies one layer's keys and values of `pages` out of `pool` [pages, K, layers, 2, block, D], those of page i to tokens
+    [starts[i], starts[i + 1])."""
+    num_kv_heads, block_size, head_dim = pool.shape[1], pool.shape[4], pool.shape[5]
+    _gather_gqa[(len(pages), num_kv_heads)](
+        pool, pages, starts, keys_SKD, values_SKD, pool.stride(0), pool.stride(1), layer * pool.stride(2), pool.stride(3),
+        num_kv_heads * head_dim, block_size, BLOCK=triton.next_power_of_2(block_size), D=head_dim, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _join_keys(
+    nope_ptr, rope_ptr, keys_ptr, nope_stride, nope_head_stride, rope_stride, num_heads,
+    D: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    inside = head < num_heads
+    nope_column, rope_column = tl.arange(0, D)[None, :], tl.arange(0, R)[None, :]
+    nope = tl.load(nope_ptr + token * nope_stride + head * nope_head_stride + nope_column, mask=inside)
+    rope = tl.load(rope_ptr + token * rope_stride + rope_column + 0 * head, mask=inside)
+    target = keys_ptr + (token * num_heads + head) * (D + R)
+    tl.store(target + nope_column, nope, mask=inside)
+    tl.store(target + D + rope_column, rope, mask=inside)
+
+
+def join_keys(nope_SND: torch.Tensor, rope_SR: torch.Tensor) -> torch.Tensor:
+    """Keys [S, N, D + R] whose last dimensions all heads share. D and R are powers of two."""
+    num_tokens, num_heads, nope_dim = nope_SND.shape
+    rope_dim = rope_SR.shape[1]
+    keys = torch.empty((num_tokens, num_heads, nope_dim + rope_dim), dtype=nope_SND.dtype, device=nope_SND.device)
+    _join_keys[(num_tokens,)](
+        nope_SND, rope_SR, keys, nope_SND.stride(0), nope_SND.stride(1), rope_SR.stride(0), num_heads,
+        D=nope_dim, R=rope_dim, HEADS=triton.next_power_of_2(num_heads), num_warps=4,
+    )  # fmt: skip
+    return keys
 
 
 @triton.jit

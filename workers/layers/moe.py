@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from workers.layers.linear import GatedMlp
+from workers.layers.packed import Packed
 from workers.layers.parameter import Part, Placement
 from workers.models.config import MoeConfig
 
@@ -21,7 +22,7 @@ _MAX_SIDE_TOKENS = 256  # a longer step keeps the GPU busy without a second stre
 Shared = Callable[[], torch.Tensor]
 
 
-class Router(nn.Module):
+class Router(Packed):
     """Chooses experts by their scores, inside the best groups; weights come from the scores alone. Float32.
 
     sigmoid (V3): a correction bias joins the choice; a group counts as its best two.   softmax (V2): a group counts as its best.
@@ -31,7 +32,14 @@ class Router(nn.Module):
         super().__init__()
         self._moe = moe
         self.weight = placement.whole((moe.num_experts, hidden_size), torch.float32)
+        self._terms: torch.Tensor | None = None  # [n * E, H] bfloat16, that add up to the weight; on CUDA, for bfloat16 inputs
         self.e_score_correction_bias = placement.whole((moe.num_experts,), torch.float32) if moe.scoring == "sigmoid" else None
+
+    def pack(self) -> None:
+        if self.weight.is_cuda:
+            from workers.kernels.experts import bfloat16_terms
+
+            self._terms = bfloat16_terms(self.weight.data)
 
     def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts [T, K] (integers) and their weights [T, K]."""
@@ -40,7 +48,7 @@ class Router(nn.Module):
             from workers.kernels.experts import choose_experts, score_experts
 
             return choose_experts(
-                score_experts(x_TH, self.weight),
+                score_experts(x_TH, self.weight, self._terms),
                 self.e_score_correction_bias,
                 moe.num_experts_per_token,
                 num_groups=moe.num_groups,
