@@ -45,6 +45,7 @@ test-gpu:
 bench-gpu:
 	$(PYTHON) -m tests.bench.gpu_bench $(ARGUMENTS)
 	$(PYTHON) -m tests.bench.gpu_serve_bench
+	$(PYTHON) -m tests.bench.gpu_experts
 
 stubs: $(STUBS)/.ready
 	$(STUBS)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)

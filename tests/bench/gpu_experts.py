@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,31 +26,40 @@ NUM_LAYERS = 4
 WAYS = {"grouped_mm": run_grouped, "streamed": run_streamed, "chosen": run_experts}
 
 
+def measure_row(card: dict[str, Any], weights: list[tuple[torch.Tensor, torch.Tensor]], num_tokens: int) -> dict[str, float]:
+    """Milliseconds of one layer for so many tokens: the limit, and each way's."""
+    x_TH = torch.randn((num_tokens, HIDDEN), dtype=torch.bfloat16, device="cuda")
+    experts_TK = torch.rand((num_tokens, NUM_EXPERTS), device="cuda").topk(NUM_CHOSEN).indices.int()
+    weights_TK = torch.rand((num_tokens, NUM_CHOSEN), device="cuda")
+    read_s = 2 * 3 * SIZE * HIDDEN * len(experts_TK.unique()) / card["copy_bytes_s"]
+    multiply_s = 2 * 3 * SIZE * HIDDEN * experts_TK.numel() / card["matmul_flop_s"]
+    row = {"tokens": num_tokens, "limit_ms": 1e3 * max(read_s, multiply_s)}
+    for name, run in WAYS.items():
+        layers = itertools.cycle(weights)
+
+        def one(run: Callable[..., torch.Tensor] = run, layers: Iterator[tuple[torch.Tensor, torch.Tensor]] = layers) -> torch.Tensor:
+            return run(x_TH, experts_TK, weights_TK, *next(layers), None)
+
+        row[f"{name}_ms"] = 1e3 * seconds(one)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     card = measure()
-    layers = [
-        tuple(torch.randn(shape, dtype=torch.bfloat16, device="cuda") * 0.02 for shape in ((2 * SIZE, HIDDEN), (HIDDEN, SIZE)))
+    shapes = (NUM_EXPERTS, 2 * SIZE, HIDDEN), (NUM_EXPERTS, HIDDEN, SIZE)
+    weights = [
+        (torch.randn(shapes[0], dtype=torch.bfloat16, device="cuda"), torch.randn(shapes[1], dtype=torch.bfloat16, device="cuda"))
         for _ in range(NUM_LAYERS)
     ]
-    weights = [(gate_up.repeat(NUM_EXPERTS, 1, 1), down.repeat(NUM_EXPERTS, 1, 1)) for gate_up, down in layers]
     rows = []
     print(f"{card['name']}, ms a layer\n{'tokens':>8}{'limit':>9}" + "".join(f"{name:>12}" for name in WAYS))
     for num_tokens in NUM_TOKENS:
-        x_TH = torch.randn((num_tokens, HIDDEN), dtype=torch.bfloat16, device="cuda")
-        experts_TK = torch.rand((num_tokens, NUM_EXPERTS), device="cuda").topk(NUM_CHOSEN).indices.int()
-        weights_TK = torch.rand((num_tokens, NUM_CHOSEN), device="cuda")
-        expert_elements = 3 * SIZE * HIDDEN
-        read_s = 2 * expert_elements * len(experts_TK.unique()) / card["copy_bytes_s"]
-        limit_ms = 1e3 * max(read_s, 2 * expert_elements * num_tokens * NUM_CHOSEN / card["matmul_flop_s"])
-        row = {"tokens": num_tokens, "limit_ms": limit_ms}
-        for name, run in WAYS.items():
-            layer = itertools.cycle(weights)
-            row[f"{name}_ms"] = 1e3 * seconds(lambda run=run, layer=layer: run(x_TH, experts_TK, weights_TK, *next(layer), None))  # type: ignore[misc]
+        row = measure_row(card, weights, num_tokens)
         rows.append(row)
-        print(f"{num_tokens:>8}{limit_ms:>9.3f}" + "".join(f"{row[f'{name}_ms']:>12.3f}" for name in WAYS), flush=True)
+        print(f"{num_tokens:>8}{row['limit_ms']:>9.3f}" + "".join(f"{row[f'{name}_ms']:>12.3f}" for name in WAYS), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps({"card": card, "rows": rows}, indent=1))
 
