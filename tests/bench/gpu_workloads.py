@@ -167,6 +167,7 @@ class Workloads:
         for _ in range(3):
             prefix = self.prompt(SYSTEM_TOKENS)
             for place, values in times_ms.items():
+                self._system.settle()
                 if place == "store":
                     self._push_out()
                 seconds, [answer] = self._system.generate([[*prefix, *self.prompt(RESTORE_TAIL)]], 1)

@@ -32,7 +32,7 @@ WORKSPACE_BYTES = 256 << 20
 PROJECTED_BYTES = 1 << 30  # of up-projected keys and values at once
 GATHERED_BYTES = 1 << 30  # of one layer's keys and values, copied together
 _GATHER_QUERIES = 512  # per key, at which the copy pays
-_SPLIT_KEYS = 1024  # of a row, from which splitting them pays
+_SPLIT_KEYS = 2048  # of a row, from which splitting them pays
 _HEAD_DIMS = (64, 128, 256)
 _LATENT_DIMS, _PROJECTED_DIMS = (512, 64), (192, 128)  # latent and rope; query-key and value of the plain form
 _QUERY_TILE = 128  # queries times group
@@ -200,10 +200,10 @@ class FlashInferAttention(AttentionBackend):
             self._plan_prefill(self._extending, rows)
 
     def _is_short(self, rows: range) -> bool:
-        """Whether queries alone would leave most of the GPU idle. Of the two kernels only fa2 also splits the keys."""
+        """Whether queries alone would leave most of the GPU idle while keys are many. Of the two kernels only fa2 also splits these."""
         group = self.shape.num_heads // self.shape.num_kv_heads
         tiles = sum(-(-self.batch.num_queries(row) * group // _QUERY_TILE) for row in rows) * self.shape.num_kv_heads
-        return 2 * tiles <= self._num_processors and max(self.batch.seq_lens[rows.start : rows.stop]) >= _SPLIT_KEYS
+        return 4 * tiles <= self._num_processors and max(self.batch.seq_lens[rows.start : rows.stop]) >= _SPLIT_KEYS
 
     def _is_gathered(self, rows: range) -> bool:
         """Whether each key is read by so many queries that copying it costs less than looking it up in its page does every time."""
@@ -272,17 +272,16 @@ class FlashInferAttention(AttentionBackend):
         )  # fmt: skip
 
     def _plan_gathering(self, rows: range) -> None:
-        starts, pages, lengths = self._tables(rows)
-        ends = np.cumsum(lengths.numpy())
-        counts = np.diff(starts.numpy())
-        within = np.arange(starts[-1]) - np.repeat(starts.numpy()[:-1], counts)
-        first = np.repeat(ends - lengths.numpy(), counts) + within * self._block_size
+        host_starts, pages, host_lengths = self._tables(rows)
+        starts, lengths = host_starts.numpy(), host_lengths.numpy()
+        ends, counts = np.cumsum(lengths), np.diff(starts)
+        first = np.repeat(ends - lengths, counts) + (np.arange(starts[-1]) - np.repeat(starts[:-1], counts)) * self._block_size
         on_device = torch.from_numpy(np.append(first, ends[-1]).astype(np.int32)).pin_memory().to(pages.device, non_blocking=True)
         shape = (int(ends[-1]), self.shape.num_kv_heads, self.shape.head_dim)
         keys, values = (torch.empty(shape, dtype=self.pool.tensor.dtype, device=pages.device) for _ in range(2))
         self._gathering = _Gathering(pages, on_device, (keys, values))
         (planned,) = self._ragged_wrappers(1)
-        self._plan_ragged(planned, rows, lengths.numpy(), self.shape.num_kv_heads, self.shape.head_dim, self.shape.head_dim, causal=True)
+        self._plan_ragged(planned, rows, lengths, self.shape.num_kv_heads, self.shape.head_dim, self.shape.head_dim, causal=True)
 
     def _plan_ragged(
         self, planned: _Planned, rows: range, num_keys: np.ndarray, num_kv_heads: int, key_dim: int, value_dim: int, *, causal: bool
