@@ -69,7 +69,11 @@ class _Span(NamedTuple):
 
 
 class Mover(Protocol):
-    """Copies bytes one way, for one thread."""
+    """Copies bytes one way, for one thread, which need not be the one that made it."""
+
+    def enter_thread(self) -> None:
+        """To be called first."""
+        ...
 
     def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None: ...
 
@@ -84,6 +88,9 @@ class HostMover:
     def __init__(self, pool: PagePool, *, is_save: bool) -> None:
         self._pool = pool
         self._is_save = is_save
+
+    def enter_thread(self) -> None:
+        pass
 
     def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None:
         for copy in copies:
@@ -107,10 +114,12 @@ class CudaMover:
         self._page_bytes = pool.layout.page_bytes
         self._address: int = pool.tensor.data_ptr()
         self._is_save = is_save
-        torch.cuda.set_device(pool.tensor.device)
         self._stream = torch.cuda.Stream(pool.tensor.device, priority=-1)  # hashing must not wait behind a forward pass
         self._dma = Dma()
         self._hasher = self._make_hasher(span)
+
+    def enter_thread(self) -> None:
+        self._torch.cuda.set_device(self._pool.tensor.device)
 
     def _make_hasher(self, span: _Span) -> PartHasher | None:
         """Built and tried once here, rather than when a request waits; None where slots have to be hashed instead."""
@@ -177,7 +186,9 @@ class PageCopier:
         written = self._span(layout, layout.first_written_part, layout.num_written_parts)
         self._saves = _Lane(written, True, max(1, num_loaders // 4), max_queued_batches)
         self._threads = [
-            threading.Thread(target=self._serve, args=(lane,), name="saves" if lane.is_save else "loads", daemon=True)
+            threading.Thread(
+                target=self._serve, args=(lane, self._make_mover(lane)), name="saves" if lane.is_save else "loads", daemon=True
+            )
             for lane in (self._loads, self._saves)
             for _ in range(lane.num_threads)
         ]
@@ -256,13 +267,16 @@ class PageCopier:
         self._done.extend(results)
         os.eventfd_write(self._fd, 1)
 
-    def _serve(self, lane: _Lane) -> None:
+    def _make_mover(self, lane: _Lane) -> Mover:
+        """Before any thread runs: building kernels and pinning memory would hold up whatever the device is doing then."""
+        if self._on_cuda:
+            return CudaMover(self._pool, is_save=lane.is_save, span=lane.span)
+        return HostMover(self._pool, is_save=lane.is_save)
+
+    def _serve(self, lane: _Lane, mover: Mover) -> None:
         """A copy thread. An error that is not a copy's own ends the rank, by way of `results`."""
         try:
-            if self._on_cuda:
-                mover: Mover = CudaMover(self._pool, is_save=lane.is_save, span=lane.span)
-            else:
-                mover = HostMover(self._pool, is_save=lane.is_save)
+            mover.enter_thread()
             while (batch := lane.batches.get()) is not None and not self._closing:
                 try:
                     results = self._run(batch, mover, lane)
