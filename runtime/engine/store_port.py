@@ -39,6 +39,8 @@ class Lookup(NamedTuple):
     """-> Found"""
 
     keys: list[BlockKey]
+    max_pinned: int = 0  # leading blocks to acquire with the same question, of those that are in the arena
+    ttl_s: float = 0.0  # of these
 
 
 class Claim(NamedTuple):
@@ -327,8 +329,8 @@ async def _call(
     client: StoreClient, question: Question, rates: ReplicaRates
 ) -> Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int | PinReply:
     match question:
-        case Lookup(keys):
-            return await client.lookup(keys, rates.tokens_per_s, rates.copy_bytes_per_s)
+        case Lookup(keys, max_pinned, ttl_s):
+            return await client.lookup(keys, rates.tokens_per_s, rates.copy_bytes_per_s, max_pinned=max_pinned, ttl_s=ttl_s)
         case Claim(keys, ttl_s):
             return await client.claim(keys, ttl_s)
         case Acquire(keys, ttl_s):

@@ -167,9 +167,11 @@ class SimulatedStore:
 
     def _answer(self, question: Question) -> object:
         match question:
-            case Lookup(keys):
+            case Lookup(keys, max_pinned, ttl_s):
                 num_blocks = self._num_leading(keys)
-                return Found(num_blocks, [("dram", num_blocks)])
+                assert not max_pinned or ttl_s > 0
+                pinned = self._acquire(keys[: min(max_pinned, num_blocks)]) if max_pinned else None
+                return Found(num_blocks, [("dram", num_blocks)], pinned=pinned)
             case Claim(keys, ttl_s):
                 assert ttl_s > 0
                 assert keys

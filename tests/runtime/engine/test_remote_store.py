@@ -106,10 +106,12 @@ def test_every_question_has_its_answer(port: Port) -> None:
     assert [slot.outcome for slot in reserved.slots] == [ReserveOutcome.RESERVED] * 3
     blocks = [(key, range(NUM_PARTS), bytes([i]) * 8 * NUM_PARTS) for i, key in enumerate(KEYS)]
     assert port.ask(Commit(reserved.lease_id, blocks)) == [CommitOutcome.COMMITTED] * 3
-    assert port.ask(Lookup(KEYS)).num_blocks == 3
+    found = port.ask(Lookup(KEYS, 2, 60.0))
+    assert found.num_blocks == 3
     acquired = port.ask(Acquire(KEYS, 60.0))
     assert [slot.checksums for slot in acquired.slots] == [checksums for _, _, checksums in blocks]
-    assert port.ask(Release([acquired.lease_id])) == 1
+    assert found.pinned.slots == acquired.slots[:2]
+    assert port.ask(Release([acquired.lease_id, found.pinned.lease_id])) == 2
 
 
 def test_a_restarted_store_is_noticed_and_attached_to_again(port: Port, store: StoreProcess) -> None:
