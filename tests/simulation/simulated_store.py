@@ -134,6 +134,9 @@ class SimulatedStore:
             self._events.insert(0, StoreAnswer(self._next_ticket, None))
         return self._next_ticket
 
+    def send(self) -> None:
+        pass
+
     def poll(self) -> list[StoreEvent]:
         self._rng.shuffle(self._open)
         while self._open and self._rng.random() > self._lateness:

@@ -92,6 +92,8 @@ class ScriptedPort:
         self.asked.append((ticket, question))
         return ticket
 
+    def send(self) -> None: ...
+
     def poll(self) -> list[StoreEvent]:
         return []
 

@@ -78,6 +78,7 @@ class Port:
 
     def ask(self, question: Question) -> object:
         ticket = self.remote.ask(question)
+        self.remote.send()
         assert ticket is not None
         answer = self.wait_for(StoreAnswer)
         assert isinstance(answer, StoreAnswer)
@@ -131,10 +132,21 @@ def test_open_questions_are_answered_before_the_loss(port: Port, store: StorePro
     port.wait_for(StoreReady)
     os.kill(store.pid, signal.SIGSTOP)
     tickets = [port.remote.ask(Lookup(KEYS)) for _ in range(20)]
+    port.remote.send()
+    tickets += [port.remote.ask(Lookup(KEYS)) for _ in range(20)]
     os.kill(store.pid, signal.SIGKILL)
     port.wait_for(StoreLost)
     answered = [event.ticket for event in port.events if isinstance(event, StoreAnswer) and event.reply is None]
     assert sorted(answered) == tickets
+
+
+def test_questions_leave_when_they_are_sent(port: Port) -> None:
+    port.wait_for(StoreReady)
+    tickets = [port.remote.ask(Lookup(KEYS)) for _ in range(2)]
+    time.sleep(0.2)
+    assert port.remote.poll() == []
+    port.remote.send()
+    assert [port.wait_for(StoreAnswer).ticket for _ in tickets] == tickets
 
 
 def test_a_store_that_comes_late_is_found(tmp_path: Path, rank: tuple[int, int]) -> None:
