@@ -69,6 +69,7 @@ class Found(NamedTuple):
     tier_runs: list[tuple[str, int]]  # tiers "dram", "disk", "peer", in the order of the blocks
     num_cheaper_to_compute: int = 0  # keys behind num_blocks that a tier has, but that are computed faster than brought
     miss_reason: MissReason | None = None  # why the key behind num_blocks is not answered
+    pinned: Acquired | None = None  # leading blocks, where some were to be pinned
 
 
 class Slot(NamedTuple):
@@ -147,17 +148,28 @@ class StoreClient:
         if session_id:
             await self._call(self._stub.Detach, pb.DetachRequest(session_id=session_id))
 
-    async def lookup(self, keys: Sequence[bytes], compute_tokens_per_s: float = 0.0, copy_bytes_per_s: float = 0.0) -> Found:
-        """How many leading keys are stored, in whichever tier. Pins nothing. With the replica's rate of prefill, blocks are answered only
-        as far as bringing them is cheaper than computing them."""
+    async def lookup(
+        self,
+        keys: Sequence[bytes],
+        compute_tokens_per_s: float = 0.0,
+        copy_bytes_per_s: float = 0.0,
+        *,
+        max_pinned: int = 0,
+        ttl_s: float = 0.0,
+    ) -> Found:
+        """How many leading keys are stored, in whichever tier. With the replica's rate of prefill, blocks are answered only as far as
+        bringing them is cheaper than computing them. Of those that are in the arena, up to `max_pinned` leading ones are acquired."""
         request = pb.LookupRequest(
             session_id=self._session(),
             keys=join_keys(keys),
             compute_tokens_per_s=compute_tokens_per_s,
             copy_bytes_per_s=copy_bytes_per_s,
+            max_pinned=max_pinned,
+            ttl_ms=_milliseconds(ttl_s),
         )
         reply: pb.LookupResponse = await self._call(self._stub.Lookup, request)
-        return Found(reply.num_blocks, _runs(reply.tier_runs), reply.num_cheaper_to_compute, _MISSES.get(reply.miss_reason))
+        pinned = self._acquired(reply.pinned) if reply.HasField("pinned") else None
+        return Found(reply.num_blocks, _runs(reply.tier_runs), reply.num_cheaper_to_compute, _MISSES.get(reply.miss_reason), pinned)
 
     async def claim(self, keys: Sequence[bytes], ttl_s: float) -> list[ClaimOutcome]:
         """States the intent to compute blocks; forgotten after `ttl_s`, or when they are stored."""
@@ -171,13 +183,7 @@ class StoreClient:
             session_id=self._session(), keys=join_keys(keys), ttl_ms=_milliseconds(ttl_s), max_wait_ms=self._wait_ms(max_wait_s)
         )
         reply: pb.AcquireResponse = await self._call(self._stub.Acquire, request)
-        checksums = array("Q", reply.checksums).tobytes()
-        width = 8 * self._num_parts
-        slots = [
-            Slot(offset, generation, checksums[start : start + width])
-            for offset, generation, start in zip(reply.offsets, reply.generations, range(0, len(checksums), width), strict=True)
-        ]
-        return Acquired(reply.lease_id, slots, _runs(reply.tier_runs), _MISSES.get(reply.shortfall))
+        return self._acquired(reply)
 
     async def reserve(self, keys: Sequence[bytes], parents: Sequence[bytes], ttl_s: float, first: Sequence[bool] | None = None) -> Reserved:
         """Slots to write blocks into, parents first. After `ttl_s` without `commit` or `release` the session's processes are killed.
@@ -267,6 +273,12 @@ class StoreClient:
 
     async def close(self) -> None:
         await self._channel.close()
+
+    def _acquired(self, reply: pb.AcquireResponse) -> Acquired:
+        checksums, width = reply.checksums, 8 * self._num_parts
+        columns = [checksums[start : start + width] for start in range(0, len(checksums), width)]
+        slots = zip(array("Q", reply.offsets), array("Q", reply.generations), columns, strict=True)
+        return Acquired(reply.lease_id, list(map(Slot._make, slots)), _runs(reply.tier_runs), _MISSES.get(reply.shortfall))
 
     def _wait_ms(self, max_wait_s: float) -> int:
         """Less than the call itself may take."""

@@ -83,6 +83,13 @@ class StoreNode:
             pinned = self.store.acquire(session_id, keys, ttl_s)
             return self._acquired(session, pinned, keys, brought)
 
+    def acquire_found(self, session_id: str, keys: Sequence[bytes], looked: Looked, ttl_s: float) -> Acquired | None:
+        """Pins leading keys of those that were just looked up, as far as they are worth bringing and in the arena; None: none is."""
+        if not looked.runs or looked.runs[0][0] != self.store.tier.name:
+            return None
+        keys = keys[: looked.runs[0][1]]
+        return self._acquired(self.store.session(session_id), self.store.acquire(session_id, keys, ttl_s), keys, Brought())
+
     async def pin(self, session_id: str, owner: str, keys: Sequence[bytes], ttl_s: float, max_wait_s: float) -> tuple[int, int, int, bool]:
         """Keeps the leading keys. -> (pin id or 0, blocks, bytes, whether the quotas allowed fewer than there are)"""
         session = self.store.session(session_id)

@@ -15,7 +15,7 @@ import grpc
 from cache_store.errors import StoreError
 from cache_store.keys import join_keys, split_keys
 from cache_store.metrics import render
-from cache_store.node import StoreNode
+from cache_store.node import Acquired, StoreNode
 from cache_store.outcomes import WatchEvent
 from cache_store.watch import pieces
 from cache_store.wire import CLAIM, COMMIT, ERROR_HEADER, MISS, RESERVE, SECRET_HEADER, STATUS, TIER, layout_from_message
@@ -114,11 +114,15 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
     def Lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:  # noqa: N802
         keys = self._keys(request.keys)
         looked = self._node.look_up(request.session_id, keys, request.compute_tokens_per_s, request.copy_bytes_per_s)
+        pinned = None
+        if request.max_pinned:
+            pinned = self._node.acquire_found(request.session_id, keys[: request.max_pinned], looked, request.ttl_ms / 1000)
         return pb.LookupResponse(
             num_blocks=sum(count for _, count in looked.runs),
             tier_runs=_runs(looked.runs),
             num_cheaper_to_compute=looked.num_cheaper_to_compute,
             miss_reason=MISS[looked.reason] if looked.reason else None,
+            pinned=_acquired_message(pinned) if pinned else None,
         )
 
     @_answers
@@ -129,20 +133,7 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
     @_answers_later
     async def Acquire(self, request: pb.AcquireRequest) -> pb.AcquireResponse:  # noqa: N802
         keys, ttl_s, max_wait_s = self._keys(request.keys), request.ttl_ms / 1000, request.max_wait_ms / 1000
-        acquired = await self._node.acquire(request.session_id, keys, ttl_s, max_wait_s)
-        (lease_id, blocks), shortfall = acquired.pinned, acquired.shortfall
-        slots = [block.slot for block in blocks if block.slot]
-        checksums = array("Q")
-        for block in blocks:
-            checksums.extend(block.checksums)
-        return pb.AcquireResponse(
-            lease_id=lease_id,
-            offsets=[slot.offset for slot in slots],
-            generations=[slot.generation for slot in slots],
-            checksums=checksums,
-            tier_runs=_runs(acquired.runs),
-            shortfall=MISS[shortfall] if shortfall else None,
-        )
+        return _acquired_message(await self._node.acquire(request.session_id, keys, ttl_s, max_wait_s))
 
     @_answers
     def Reserve(self, request: pb.ReserveRequest) -> pb.ReserveResponse:  # noqa: N802
@@ -235,6 +226,19 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
 
 def _runs(runs: Sequence[tuple[str, int]]) -> list[int]:
     return [number for tier, count in runs for number in (TIER[tier], count)]
+
+
+def _acquired_message(acquired: Acquired) -> pb.AcquireResponse:
+    (lease_id, blocks), shortfall = acquired.pinned, acquired.shortfall
+    slots = [block.slot for block in blocks if block.slot]
+    return pb.AcquireResponse(
+        lease_id=lease_id,
+        offsets=array("Q", [slot.offset for slot in slots]).tobytes(),
+        generations=array("Q", [slot.generation for slot in slots]).tobytes(),
+        checksums=b"".join([block.checksums.tobytes() for block in blocks]),
+        tier_runs=_runs(acquired.runs),
+        shortfall=MISS[shortfall] if shortfall else None,
+    )
 
 
 def event_message(event: WatchEvent) -> pb.WatchEvent:

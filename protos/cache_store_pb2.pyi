@@ -137,28 +137,34 @@ class DetachResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("session_id", "keys", "compute_tokens_per_s", "copy_bytes_per_s")
+    __slots__ = ("session_id", "keys", "compute_tokens_per_s", "copy_bytes_per_s", "max_pinned", "ttl_ms")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     COPY_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_PINNED_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     keys: bytes
     compute_tokens_per_s: float
     copy_bytes_per_s: float
-    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., compute_tokens_per_s: _Optional[float] = ..., copy_bytes_per_s: _Optional[float] = ...) -> None: ...
+    max_pinned: int
+    ttl_ms: int
+    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., compute_tokens_per_s: _Optional[float] = ..., copy_bytes_per_s: _Optional[float] = ..., max_pinned: _Optional[int] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("num_blocks", "tier_runs", "num_cheaper_to_compute", "miss_reason")
+    __slots__ = ("num_blocks", "tier_runs", "num_cheaper_to_compute", "miss_reason", "pinned")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TIER_RUNS_FIELD_NUMBER: _ClassVar[int]
     NUM_CHEAPER_TO_COMPUTE_FIELD_NUMBER: _ClassVar[int]
     MISS_REASON_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     tier_runs: _containers.RepeatedScalarFieldContainer[int]
     num_cheaper_to_compute: int
     miss_reason: MissReason
-    def __init__(self, num_blocks: _Optional[int] = ..., tier_runs: _Optional[_Iterable[int]] = ..., num_cheaper_to_compute: _Optional[int] = ..., miss_reason: _Optional[_Union[MissReason, str]] = ...) -> None: ...
+    pinned: AcquireResponse
+    def __init__(self, num_blocks: _Optional[int] = ..., tier_runs: _Optional[_Iterable[int]] = ..., num_cheaper_to_compute: _Optional[int] = ..., miss_reason: _Optional[_Union[MissReason, str]] = ..., pinned: _Optional[_Union[AcquireResponse, _Mapping]] = ...) -> None: ...
 
 class ClaimRequest(_message.Message):
     __slots__ = ("session_id", "keys", "ttl_ms")
@@ -197,12 +203,12 @@ class AcquireResponse(_message.Message):
     TIER_RUNS_FIELD_NUMBER: _ClassVar[int]
     SHORTFALL_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
-    offsets: _containers.RepeatedScalarFieldContainer[int]
-    generations: _containers.RepeatedScalarFieldContainer[int]
-    checksums: _containers.RepeatedScalarFieldContainer[int]
+    offsets: bytes
+    generations: bytes
+    checksums: bytes
     tier_runs: _containers.RepeatedScalarFieldContainer[int]
     shortfall: MissReason
-    def __init__(self, lease_id: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., tier_runs: _Optional[_Iterable[int]] = ..., shortfall: _Optional[_Union[MissReason, str]] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[int] = ..., offsets: _Optional[bytes] = ..., generations: _Optional[bytes] = ..., checksums: _Optional[bytes] = ..., tier_runs: _Optional[_Iterable[int]] = ..., shortfall: _Optional[_Union[MissReason, str]] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("session_id", "keys", "parents", "ttl_ms", "first")

@@ -135,7 +135,7 @@ class CacheStoreServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Lookup(self, request, context):
-        """Counts the leading keys that are stored and complete. Pins nothing.
+        """Counts the leading keys that are stored and complete. Pins nothing, but where asked to, the first of them as Acquire does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -172,6 +172,7 @@ class Engine:
         launched = self._plan()
         if launched is not None:
             self._group.submit(launched.plan)
+        self._port.send()
         for answer in self._group.poll(self._patience(launched)):
             self._apply(answer)
         self._tell()

@@ -2,24 +2,24 @@
 
 One wait per request, one job per read:
 
-    QUEUED --near the head of the queue--> LOOKING --store lacks some--> CLAIMING
-                                            ^  |has all                    |      what is found is read first, if anything is:
-                                time to look|  +------------+--------------+
-                                            |               v
-                                            |             FOUND --rows and pages to spare--> ACQUIRING
-                                            |               ^ |                                  |slots pinned
-                                            |               | +--all read--+                     v
-                                            |               +--more to read-------------------LOADING
-                                            |                              v
+    QUEUED --near the head of the queue--> LOOKING --store has some--> FOUND --rows and pages to spare--> LOADING
+                                            ^  |                        ^                                  |
+                                time to look|  |                        +------------more to read----------+
+                                            |  |                                                           |all read
+                                            |  +--there is nothing to read--> CLAIMING, where blocks are <--+
+                                            |                              v  being claimed
                                          AWAITING <--another replica computes the next block
                                            (over) <--otherwise; and after a failure or the deadline, from every phase
 
-Single flight: a request claims the blocks that the store lacks before it computes them. Where another replica holds the claim of the next
-one, it looks again and again until the block is stored, the claim has ended (that replica died or gave up), or the time is up. Requests
-wait for claims on blocks nearer to the root only, so that no two can wait for each other.
+Single flight: a request claims the blocks that the store lacks before it computes them, while those that the store has are read. Where
+another replica holds the claim of the next one, it looks again and again until the block is stored, the claim has ended (that replica
+died or gave up), or the time is up. Requests wait for claims on blocks nearer to the root only, so that no two can wait for each other.
+
+A job has its pages from the start and reads piece by piece, each acquired while the one before is copied; the first is acquired with the
+lookup. Blocks are published, and held for the request, as their copies are answered: when the last one is, little is left to do.
 
 When a wait is over the request is admissible, with whatever prefix the pages hold by then: a store that fails is a miss. A job outlives
-its request: its pages and its lease return only when every copy is answered. No two jobs read the same block; whoever needs a block that
+its request: its pages and its leases return only when every copy is answered. No two jobs read the same block; whoever needs a block that
 is being read, or computed by a running row, stays in FOUND until it is there.
 """
 
@@ -36,7 +36,7 @@ from runtime.engine.claims import FlightClaims
 from runtime.engine.config import EngineConfig
 from runtime.engine.leases import Leases
 from runtime.engine.live import LiveRequest, LoadGate, Phase, StoreVerdict
-from runtime.engine.load_state import Job, LoadPhase, Wait
+from runtime.engine.load_state import Job, LoadPhase, Piece, Wait
 from runtime.engine.rates import MIN_TOKENS, ReplicaRates
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.store_port import Acquire, Lookup, StoreAnswer, StorePort, StoreState
@@ -71,8 +71,9 @@ class KvLoads:
         self._claimings: dict[int, Wait] = {}
         self._acquires: dict[int, Job] = {}
         self._copies: list[BlockCopy] = []  # for the next plan
-        self._open: dict[int, tuple[Job, int]] = {}  # copy -> its job and position in it
-        self._loading: set[BlockKey] = set()
+        self._open: dict[int, tuple[Piece, int]] = {}  # copy -> its piece and position in the job
+        self._jobs: set[Job] = set()
+        self._loading: set[BlockKey] = set()  # by these
         self._next_expiry_s = math.inf
 
     @property
@@ -108,18 +109,20 @@ class KvLoads:
         self.claims.let_go(request, lambda key: self._blocks.page_of(key) is not None)
 
     def advance(self, scheduler: Scheduler, now_s: float) -> None:
-        """Does what can be done now: lookups, reads for those who could be admitted next, releases, deadlines."""
+        """Does what can be done now: lookups, reads for those who could be admitted next, deadlines, releases."""
+        if self._waits:
+            self._serve(scheduler, now_s)
         self.leases.flush()
         self.claims.flush()
-        if not self._waits:
-            return
+
+    def _serve(self, scheduler: Scheduler, now_s: float) -> None:
         if now_s >= self._next_expiry_s:
             self._expire(now_s)
         window = min(self._config.max_loading_requests, max(1, scheduler.num_open_rows))
         for place, request in enumerate(list(itertools.islice(scheduler.waiting, self._config.lookup_ahead))):
             wait = self._waits.get(request)
             if wait and wait.phase is LoadPhase.QUEUED:
-                self._look(wait, now_s)
+                self._look(wait, now_s, self._config.first_load_blocks if place < window else 0)
             elif wait and wait.phase is LoadPhase.FOUND and place < window:
                 self._read(wait, scheduler, now_s)
 
@@ -150,12 +153,19 @@ class KvLoads:
         opened = self._open.pop(result.copy_id, None)
         if opened is None:
             return False
-        job, position = opened
+        piece, position = opened
+        job = piece.job
         job.good[position] = result.ok
-        self.num_failed += not result.ok
-        job.num_open -= 1
-        if not job.num_open:
-            self._finish(job, now_s)
+        if not result.ok:
+            self.num_failed += 1
+            job.is_cut = job.is_failed = True
+        elif position == job.num_published:
+            self._publish(job)
+        piece.num_open -= 1
+        if not piece.num_open:
+            self.leases.release(piece.lease_id)
+            job.num_open -= 1
+            self._proceed(job, now_s)
         return True
 
     def lost(self, now_s: float) -> None:
@@ -177,12 +187,18 @@ class KvLoads:
         num_tokens = num_missing * self._blocks.block_size
         return num_hits > 0 and num_tokens < MIN_TOKENS and num_tokens <= self._rates.tokens_per_s * self._config.unasked_compute_s
 
-    def _look(self, wait: Wait, now_s: float) -> None:
+    def _look(self, wait: Wait, now_s: float, max_pinned: int = 0) -> None:
         keys = self._reusable_keys(wait.request)
         num_hits = self._blocks.match(keys)
-        ticket = self._port.ask(Lookup(keys[num_hits:])) if num_hits < len(keys) else None
+        if num_hits == len(keys):
+            self._over(wait, now_s)
+            return
+        question = Lookup(keys[num_hits:])
+        if max_pinned and keys[num_hits] not in self._loading and not self._blocks.is_announced(keys[num_hits]):
+            question = Lookup(question.keys, max_pinned, self._config.lease_ttl_s)
+        ticket = self._port.ask(question)
         if ticket is None:
-            self._over(wait, now_s, store_failed=num_hits < len(keys))
+            self._over(wait, now_s, store_failed=True)
             return
         wait.num_found = num_hits
         wait.phase = LoadPhase.LOOKING
@@ -201,7 +217,12 @@ class KvLoads:
         wait.begun_s = wait.deadline_s = math.inf
 
     def _looked(self, wait: Wait, found: Found | None, now_s: float) -> None:
+        pinned = found.pinned if found is not None else None
+        if pinned and pinned.lease_id:
+            self.leases.add(pinned.lease_id, len(pinned.slots))
+            wait.pinned = (wait.num_found, pinned)
         if self._waits.get(wait.request) is not wait:
+            self._let_go(wait)
             return
         if found is None:
             self._over(wait, now_s, store_failed=True)
@@ -215,17 +236,17 @@ class KvLoads:
         limit_s = self._config.single_flight_limit_s(len(missing) * self._blocks.block_size)
         is_claimed = missing and limit_s and not num_cheaper and not self._is_soon_computed(wait.num_found, len(missing))
         ticket = self.claims.ask(missing, 2 * limit_s) if is_claimed else None
-        if ticket is None:
-            wait.is_behind = False
-            self._go_on(wait, now_s)
-        else:
-            wait.phase = LoadPhase.CLAIMING
+        wait.is_behind = False
+        wait.is_claiming = ticket is not None
+        if ticket is not None:
             self._claimings[ticket] = wait
+        self._go_on(wait, now_s)
 
     def _claimed(self, wait: Wait, outcomes: list[ClaimOutcome] | None, now_s: float) -> None:
         """What is granted is this request's to compute: at once, or when it has what comes before."""
         from cache_store.client import ClaimOutcome
 
+        wait.is_claiming = False
         request = wait.request
         missing = self._reusable_keys(request)[wait.num_found :]
         granted = [key for key, outcome in zip(missing, outcomes or (), strict=False) if outcome is ClaimOutcome.GRANTED]
@@ -237,14 +258,18 @@ class KvLoads:
             wait.is_behind = (
                 outcomes is not None and outcomes[0] is not ClaimOutcome.GRANTED
             )  # stored meanwhile: worth another look as well
-            self._go_on(wait, now_s)
+            if wait.phase is LoadPhase.CLAIMING:
+                self._go_on(wait, now_s)
 
     def _go_on(self, wait: Wait, now_s: float) -> None:
-        """After all questions: reads what the pages lack of what was found, else waits for another replica, else the wait is over."""
+        """Reads what the pages lack of what was found, else waits for the claim or for another replica, else the wait is over."""
         keys = wait.request.keys[: wait.num_found]
         if self._blocks.match(keys) < len(keys):
             wait.phase = LoadPhase.FOUND
             self._stop_clock(wait, now_s)
+            return
+        if wait.is_claiming:
+            wait.phase = LoadPhase.CLAIMING
             return
         if not wait.is_behind:
             self._over(wait, now_s)
@@ -265,94 +290,136 @@ class KvLoads:
         self._next_expiry_s = min(self._next_expiry_s, wait.look_at_s, wait.deadline_s)
 
     def _read(self, wait: Wait, scheduler: Scheduler, now_s: float) -> None:
-        """Acquires what a request still lacks, if it could be admitted with it and nobody else is fetching it."""
+        """Reads what a request still lacks, if it could be admitted with it and nobody else is fetching it."""
+        job = self._begin(wait, scheduler, now_s)
+        if job and wait.pinned and wait.pinned[0] == job.first:
+            (_, acquired), wait.pinned = wait.pinned, None
+            job.num_asked = min(len(job.keys), len(acquired.slots))
+            self._acquired(job, acquired, now_s)
+            return
+        self._let_go(wait)
+        if job:
+            self._proceed(job, now_s)
+
+    def _begin(self, wait: Wait, scheduler: Scheduler, now_s: float) -> Job | None:
+        """A job and its pages."""
         blocks, request = self._blocks, wait.request
         keys = request.keys[: wait.num_found]
         num_hits = blocks.match(keys)
         if num_hits >= len(keys):
             self._go_on(wait, now_s)
-            return
+            return None
         held = request.held_pages
         needed = -(-len(request.tokens) // blocks.block_size) - num_hits + len(scheduler.running)
         while blocks.num_available - blocks.num_idle(keys[len(held) : num_hits]) < needed:
             if not scheduler.drop_held_pages(behind=request):
                 request.load_gate = LoadGate.NO_ROOM
-                return
+                return None
         request.load_gate = LoadGate.WAIT
         if wait.begun_s == math.inf:
             self._start_clock(wait, now_s)
         count = min(len(keys) - num_hits, self._config.max_loading_blocks - len(self._loading))
         if keys[num_hits] in self._loading or blocks.is_announced(keys[num_hits]) or count < 1:
-            return
+            return None
         wanted = list(itertools.takewhile(lambda key: key not in self._loading, keys[num_hits : num_hits + count]))
-        ticket = self._port.ask(Acquire(wanted, self._config.lease_ttl_s))
-        if ticket is None:
-            self._over(wait, now_s, store_failed=True)
-            return
         held.extend(blocks.pin_published(keys[len(held) : num_hits]))
         parents = [keys[num_hits - 1] if num_hits else request.root, *wanted[:-1]]
-        self._acquires[ticket] = Job(wait, num_hits, wanted, parents)
+        job = Job(wait, num_hits, wanted, parents, blocks.allocate(len(wanted)))
+        self._jobs.add(job)
         self._loading.update(wanted)
-        wait.phase = LoadPhase.ACQUIRING
+        wait.phase = LoadPhase.LOADING
+        return job
+
+    def _proceed(self, job: Job, now_s: float) -> None:
+        """Acquires the next piece, twice as large as the one before; where there is none, the job is over with its last copy."""
+        start = len(job.good)
+        if not (job.is_acquiring or job.is_cut) and job.wait is not None and start < len(job.keys):
+            job.num_asked = min(len(job.keys), 2 * start + self._config.first_load_blocks)
+            ticket = self._port.ask(Acquire(job.keys[start : job.num_asked], self._config.lease_ttl_s))
+            if ticket is None:
+                job.is_cut = job.is_failed = True
+            else:
+                job.is_acquiring = True
+                self._acquires[ticket] = job
+        if not (job.is_acquiring or job.num_open):
+            self._finish(job, now_s)
 
     def _acquired(self, job: Job, acquired: Acquired | None, now_s: float) -> None:
-        """Slots are pinned: pages for them, and copies for the next plan."""
-        blocks = self._blocks
-        if acquired is not None and acquired.lease_id:
-            job.lease_id = acquired.lease_id
-            self.leases.add(acquired.lease_id, len(acquired.slots))
-        if acquired is None or job.wait is None:
-            self._finish(job, now_s)
-            return
-        job.is_late = acquired.shortfall in ("late", "no_space")
-        job.tiers = [tier for tier, count in acquired.tier_runs for _ in range(count)]
-        for slot, key in zip(acquired.slots, job.keys, strict=False):
-            if blocks.page_of(key) is not None:
-                job.pages.append(None)
-                job.good.append(True)
+        """Slots are pinned: copies for the next plan."""
+        job.is_acquiring = False
+        if acquired is None:
+            job.is_cut = job.is_failed = True
+        else:
+            if acquired.lease_id:
+                self.leases.add(acquired.lease_id, len(acquired.slots))
+            piece = Piece(job, acquired.lease_id)
+            if job.wait is not None and not job.is_cut:
+                self._copy(piece, acquired, now_s)
+            if piece.num_open:
+                job.num_open += 1
+            else:
+                self.leases.release(piece.lease_id)
+            self._publish(job)
+        self._proceed(job, now_s)
+
+    def _copy(self, piece: Piece, acquired: Acquired, now_s: float) -> None:
+        blocks, job = self._blocks, piece.job
+        deadline_s = now_s + self._config.copy_timeout_s
+        start = len(job.good)
+        tiers = [tier for tier, count in acquired.tier_runs for _ in range(count)]
+        found = zip(job.keys[start : job.num_asked], acquired.slots, tiers, strict=False)
+        for position, (key, slot, tier) in enumerate(found, start):
+            page = blocks.page_of(key)
+            if page is None:
+                copy_id = next(self._copy_ids)
+                self._copies.append(BlockCopy(copy_id, job.pages[position], slot.offset, slot.generation, deadline_s, slot.checksums))
+                self._open[copy_id] = (piece, position)
+            else:
+                self._use_instead(job, position, page)
+            job.good.append(page is not None)
+            job.tiers.append(tier if page is None else "")
+        piece.num_open = len(job.good) - start - sum(job.good[start:])
+        job.is_cut = len(job.good) < job.num_asked  # blocks were evicted since they were found, or a tier is slow or full
+        job.is_failed |= acquired.shortfall in ("late", "no_space")
+
+    def _publish(self, job: Job) -> None:
+        """The good leading blocks are there for everybody, and the request holds them."""
+        blocks, wait = self._blocks, job.wait
+        for position in range(job.num_published, len(job.good)):
+            if not job.good[position]:
+                return
+            key, tier, depth = job.keys[position], job.tiers[position], job.first + position
+            if tier and not blocks.publish(job.pages[position], Published(key, job.parents[position], depth), from_store=True):
+                page = blocks.page_of(key)
+                assert page is not None
+                self._use_instead(job, position, page)
+            job.num_published += 1
+            if wait is None:
                 continue
-            if not blocks.num_available:
-                break
-            (page,) = blocks.allocate(1)
-            copy_id = next(self._copy_ids)
-            self._copies.append(BlockCopy(copy_id, page, slot.offset, slot.generation, now_s + self._config.copy_timeout_s, slot.checksums))
-            self._open[copy_id] = (job, len(job.pages))
-            job.pages.append(page)
-            job.good.append(False)
-        job.num_open = sum(page is not None for page in job.pages)
-        job.wait.phase = LoadPhase.LOADING
-        if not job.num_open:
-            self._finish(job, now_s)
+            if tier:
+                wait.request.load_tiers[depth] = tier
+                wait.request.bytes_loaded += self._block_bytes
+            if job.num_handed == position and len(wait.request.held_pages) == depth:  # else others have needed the pages more
+                wait.request.held_pages.append(job.pages[position])
+                job.num_handed += 1
+
+    def _use_instead(self, job: Job, position: int, page: int) -> None:
+        """A row has computed the block meanwhile, into `page`."""
+        self._blocks.pin(page)
+        self._blocks.unpin([job.pages[position]])
+        job.pages[position] = page
 
     def _finish(self, job: Job, now_s: float) -> None:
-        """Every copy is answered: the good leading blocks are published, the lease ends, the request goes on."""
-        blocks = self._blocks
-        num_good = next((i for i, good in enumerate(job.good) if not good), len(job.good))
-        loaded = list(zip(job.keys, job.parents, job.pages, strict=False))
-        for position, (key, parent, page) in enumerate(loaded[:num_good]):
-            if page is not None:
-                blocks.publish(page, Published(key, parent, job.first + position), from_store=True)
-        if job.wait:
-            self._hand_over(job, job.wait, num_good, now_s)
-        blocks.unpin([page for page in job.pages if page is not None])
+        """Every copy is answered: the request goes on."""
+        self._jobs.remove(job)
         self._loading.difference_update(job.keys)
-        if job.lease_id:
-            self.leases.release(job.lease_id)
-            self.leases.flush()
-
-    def _hand_over(self, job: Job, wait: Wait, num_good: int, now_s: float) -> None:
-        request = wait.request
-        for position in range(num_good):
-            if job.pages[position] is not None:
-                request.load_tiers[job.first + position] = job.tiers[position]
-                request.bytes_loaded += self._block_bytes
-        if len(request.held_pages) == job.first:
-            keys = job.keys[:num_good]
-            request.held_pages.extend(self._blocks.pin_published(keys[: self._blocks.match(keys)]))
-        if num_good == len(job.keys):
-            wait.phase = LoadPhase.FOUND  # perhaps there is more
-        else:  # a copy that failed, a tier that is slow or full; or else blocks were evicted since they were found
-            self._over(wait, now_s, store_failed=num_good < len(job.good) or job.is_late)
+        self._blocks.unpin(job.pages[job.num_handed :])
+        if job.wait is None:
+            return
+        if job.num_published == len(job.keys):
+            job.wait.phase = LoadPhase.FOUND  # perhaps there is more
+        else:
+            self._over(job.wait, now_s, store_failed=job.is_failed)
 
     def _over(self, wait: Wait, now_s: float, *, store_failed: bool = False) -> None:
         """The request waits for the store no longer."""
@@ -360,12 +427,16 @@ class KvLoads:
         wait.request.store_failed |= store_failed
         wait.request.load_gate = LoadGate.OPEN
         self._stop_clock(wait, now_s)
-        for job in self._jobs():
+        self._let_go(wait)
+        for job in self._jobs:
             if job.wait is wait:
                 job.wait = None
 
-    def _jobs(self) -> list[Job]:
-        return [*self._acquires.values(), *(job for job, _ in self._open.values())]
+    def _let_go(self, wait: Wait) -> None:
+        """What the lookup has acquired is not read."""
+        if wait.pinned:
+            self.leases.release(wait.pinned[1].lease_id)
+            wait.pinned = None
 
     def _expire(self, now_s: float) -> None:
         """Ends what is past its deadline, and looks again for what is computed elsewhere: once for each block that is waited for."""
@@ -384,8 +455,18 @@ class KvLoads:
     def check(self) -> list[str]:
         """Every violated invariant, in words; empty when all is well."""
         problems = []
-        if not self._acquires and not self._open and (self._loading or self._copies):
-            problems.append(f"{len(self._loading)} blocks are marked as being read, {len(self._copies)} copies wait, but there is no job")
+        if sum(len(job.keys) for job in self._jobs) != len(self._loading):
+            problems.append(f"{len(self._loading)} blocks are marked as being read, but jobs have others")
+        pieces = {piece for piece, _ in self._open.values()}
+        if sum(piece.num_open for piece in pieces) != len(self._open):
+            problems.append(f"{len(self._open)} copies are open, but pieces count others")
+        for job in self._jobs:
+            if job.num_open != sum(piece.job is job for piece in pieces) or job.is_acquiring != (job in self._acquires.values()):
+                problems.append(
+                    f"a job has {job.num_open} open pieces and is {'' if job.is_acquiring else 'not '}acquiring, which is not so"
+                )
+            if not job.num_open and not job.is_acquiring:
+                problems.append("a job has nothing to wait for")
         problems += [
             f"a request waits in {wait.phase} with an open gate" for wait in self._waits.values() if wait.request.load_gate is LoadGate.OPEN
         ]

@@ -238,6 +238,8 @@ class KvOffers:
             blocks = self._committable(batch)
             ticket = self._port.ask(Commit(batch.lease_id, blocks)) if blocks else None
             if ticket is None:
+                batch.failed.update(key for key, _, _ in blocks)
+                self.num_dropped += len(blocks)
                 self._release(self._batches.popleft())
             else:
                 batch.phase = BatchPhase.COMMITTING

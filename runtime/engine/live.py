@@ -143,7 +143,7 @@ class LiveRequest:
 
         self.load_gate = LoadGate.OPEN  # kv_loads
         self.load_tiers: dict[int, str] = {}  # block index -> tier it was loaded from; kv_loads
-        self.held_pages: list[int] = []  # pinned while waiting for admission; kv_loads, ended by the scheduler
+        self.held_pages: list[int] = []  # of leading blocks, pinned while waiting for admission; kv_loads, ended by the scheduler
         self.store_wait_s = 0.0  # kv_loads
         self.store_failed = False  # it could not say or deliver what it has of the prefix; kv_loads
         self.store_verdict: StoreVerdict | None = None  # of the latest lookup; kv_loads

@@ -1,13 +1,17 @@
-"""The nouns of a load from the store: a request's wait, and a read that may outlive it. `kv_loads` writes both."""
+"""The nouns of a load from the store: a request's wait, and a read that may outlive it, piece by piece. `kv_loads` writes them."""
 
 from __future__ import annotations
 
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cache_store.keys import BlockKey
 from runtime.engine.live import LiveRequest
+
+if TYPE_CHECKING:
+    from cache_store.client import Acquired
 
 
 class LoadPhase(enum.Enum):
@@ -15,7 +19,6 @@ class LoadPhase(enum.Enum):
     LOOKING = "looking"
     CLAIMING = "claiming"
     FOUND = "found"
-    ACQUIRING = "acquiring"
     LOADING = "loading"
     AWAITING = "awaiting"
 
@@ -27,7 +30,9 @@ class Wait:
     deadline_s: float = math.inf
     phase: LoadPhase = LoadPhase.QUEUED
     num_found: int = 0  # leading blocks that pages and store hold together
-    is_behind: bool = False  # another replica is computing the block after those
+    pinned: tuple[int, Acquired] | None = None  # what the lookup has acquired, from that depth on; until it is read or given back
+    is_claiming: bool = False  # the blocks after those found
+    is_behind: bool = False  # another replica is computing the first of them
     flight_ends_s: float = math.inf  # when it waits no longer for that replica; inf until it has to
     look_at_s: float = math.inf  # of AWAITING
     look_after_s: float = 0.0  # the time between the last two looks
@@ -35,13 +40,28 @@ class Wait:
 
 @dataclass(slots=True, eq=False)
 class Job:
+    """Columns of one entry per block, but `good` and `tiers` only of those whose slots are known."""
+
     wait: Wait | None  # None: the request went on without it
     first: int  # depth of the first block
     keys: list[BlockKey]
     parents: list[BlockKey]
-    lease_id: int = 0
-    pages: list[int | None] = field(default_factory=list)  # None: in some page already
-    tiers: list[str] = field(default_factory=list)
-    good: list[bool] = field(default_factory=list)
+    pages: list[int]  # pinned, until `num_handed`
+    good: list[bool] = field(default_factory=list)  # the page holds the block
+    tiers: list[str] = field(default_factory=list)  # it came from; "" where a page had it already
+    num_published: int = 0  # leading blocks that everybody finds in pages
+    num_handed: int = 0  # leading blocks whose page the request holds instead of the job
+    num_open: int = 0  # pieces with copies without an answer
+    num_asked: int = 0  # leading blocks whose slots were asked for
+    is_acquiring: bool = False  # the answer is still to come
+    is_cut: bool = False  # nothing behind `good` is read any more
+    is_failed: bool = False  # the store has more of it, but could not bring it in time, had no room for it, or a copy did not deliver
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """Blocks of a job that were acquired together."""
+
+    job: Job
+    lease_id: int
     num_open: int = 0  # copies without an answer
-    is_late: bool = False  # the store has more of it, but could not bring it in time, or had no room for it

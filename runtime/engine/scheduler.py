@@ -16,7 +16,7 @@ from __future__ import annotations
 import bisect
 import enum
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -250,17 +250,18 @@ class Scheduler:
             return _Placement.LATER
         num_new = -(-len(request.tokens) // blocks.block_size) - num_hits
         reserve = len(self.running)  # so that an admission does not preempt those who run at their next page
-        while blocks.num_available - blocks.num_idle(keys[:num_hits]) < num_new + reserve:
+        num_held = len(request.held_pages)
+        while blocks.num_available - blocks.num_idle(keys[num_held:num_hits]) < num_new + reserve:
             if not self.drop_held_pages(behind=request):
                 self._no_room = (request, blocks.num_changes)
                 return _Placement.NO_ROOM
-        self._enter_batch(request, blocks.pin_published(keys[:num_hits]) + blocks.allocate(num_new), num_hits)
+        pages = request.held_pages + blocks.pin_published(keys[num_held:num_hits]) + blocks.allocate(num_new)
+        self._enter_batch(request, pages, num_hits)
         return _Placement.PLACED
 
     def _enter_batch(self, request: LiveRequest, pages: list[int], num_hits: int) -> None:
         blocks = self._blocks
-        blocks.unpin(request.held_pages)
-        request.held_pages = []
+        request.held_pages = []  # they are among `pages`
         request.phase = Phase.RUNNING
         request.row_id = next(self._row_ids)
         request.decode_row = StepRow(request.row_id, 1, 0, 0, [])
@@ -324,12 +325,12 @@ def _new_row(request: LiveRequest) -> NewRow:
 
 def _cached_tokens(request: LiveRequest, num_hits: int, block_size: int) -> CachedTokens:
     """Reused prompt tokens by tier. A hit may reach past a resumed request's prompt; the last prompt token never counts."""
+    num_tokens = min(num_hits * block_size, request.num_prompt - 1)
+    num_full, rest = divmod(num_tokens, block_size)
     counts = dict.fromkeys(CachedTokens._fields, 0)
-    num_left = min(num_hits * block_size, request.num_prompt - 1)
-    for index, tier in request.load_tiers.items():
-        tokens = min(block_size, request.num_prompt - 1 - index * block_size)
-        if index < num_hits and tokens > 0:
-            counts[tier] += tokens
-            num_left -= tokens
-    counts["pages"] += num_left
+    for tier, count in Counter([tier for index, tier in request.load_tiers.items() if index < num_full]).items():
+        counts[tier] = count * block_size
+    if rest and num_full in request.load_tiers:
+        counts[request.load_tiers[num_full]] += rest
+    counts["pages"] += num_tokens - sum(counts.values())
     return CachedTokens(**counts)

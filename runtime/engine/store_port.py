@@ -1,7 +1,8 @@
 """The engine's side of the cache store: questions without waiting.
 
-The engine's thread asks and polls; it never blocks here. `RemoteStore` answers from a loop on a thread of its own, connects in the
-background, notices a store that went away or restarted, and attaches again.
+The engine's thread asks, sends and polls; it never blocks here. Questions leave together, after the plan that was made meanwhile: waking
+another thread costs the engine a turn of the interpreter's lock. `RemoteStore` answers from a loop on a thread of its own, connects in
+the background, notices a store that went away or restarted, and attaches again.
 
     CONNECTING --attached--> READY --a call fails, another epoch--> LOST --attached--> READY ...
 
@@ -39,6 +40,8 @@ class Lookup(NamedTuple):
     """-> Found"""
 
     keys: list[BlockKey]
+    max_pinned: int = 0  # leading blocks to acquire with the same question, of those that are in the arena
+    ttl_s: float = 0.0  # of these
 
 
 class Claim(NamedTuple):
@@ -128,7 +131,12 @@ class StorePort(Protocol):
         ...
 
     def ask(self, question: Question) -> int | None:
-        """A ticket; its answer comes with `poll`. None when the store is not ready or too many questions are open."""
+        """A ticket; its answer comes with `poll`, some time after `send`. None when the store is not ready or too many questions are
+        open."""
+        ...
+
+    def send(self) -> None:
+        """Lets the questions go that were asked since."""
         ...
 
     def poll(self) -> list[StoreEvent]: ...
@@ -146,6 +154,9 @@ class NoStore:
 
     def ask(self, question: Question) -> int | None:
         return None
+
+    def send(self) -> None:
+        pass
 
     def poll(self) -> list[StoreEvent]:
         return []
@@ -173,6 +184,7 @@ class RemoteStore:
         self._state = StoreState.CONNECTING
         self._num_open = 0
         self._next_ticket = 0
+        self._asked: list[tuple[int, Question]] = []  # and not sent
         self._events: deque[StoreEvent] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._client: StoreClient | None = None  # of the current attachment
@@ -202,17 +214,27 @@ class RemoteStore:
             return None
         self._next_ticket += 1
         self._num_open += 1
-        self._thread.loop.call_soon_threadsafe(self._begin, self._next_ticket, question)
+        self._asked.append((self._next_ticket, question))
         return self._next_ticket
 
+    def send(self) -> None:
+        if self._asked:
+            asked, self._asked = self._asked, []
+            self._thread.loop.call_soon_threadsafe(self._begin_all, asked)
+
     def poll(self) -> list[StoreEvent]:
-        events = []
+        events: list[StoreEvent] = []
         while self._events:
             event = self._events.popleft()
             if isinstance(event, StoreAnswer):
                 self._num_open -= 1
+            elif isinstance(event, StoreReady):
+                self._state = StoreState.READY
             else:
-                self._state = StoreState.READY if isinstance(event, StoreReady) else StoreState.LOST
+                self._state = StoreState.LOST
+                events += [StoreAnswer(ticket, None) for ticket, _ in self._asked]
+                self._num_open -= len(self._asked)
+                self._asked.clear()
             events.append(event)
         return events
 
@@ -240,6 +262,10 @@ class RemoteStore:
         if self._session is not None:
             self._session.cancel()
             await asyncio.wait([self._session])
+
+    def _begin_all(self, asked: list[tuple[int, Question]]) -> None:
+        for ticket, question in asked:
+            self._begin(ticket, question)
 
     def _begin(self, ticket: int, question: Question) -> None:
         if self._failed is None or self._failed.is_set():
@@ -327,8 +353,8 @@ async def _call(
     client: StoreClient, question: Question, rates: ReplicaRates
 ) -> Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int | PinReply:
     match question:
-        case Lookup(keys):
-            return await client.lookup(keys, rates.tokens_per_s, rates.copy_bytes_per_s)
+        case Lookup(keys, max_pinned, ttl_s):
+            return await client.lookup(keys, rates.tokens_per_s, rates.copy_bytes_per_s, max_pinned=max_pinned, ttl_s=ttl_s)
         case Claim(keys, ttl_s):
             return await client.claim(keys, ttl_s)
         case Acquire(keys, ttl_s):

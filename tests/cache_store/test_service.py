@@ -47,7 +47,7 @@ async def test_a_block_from_reserve_to_acquire(client: StoreClient, idle_child: 
     assert attached.slot_bytes == SLOT_BYTES
     assert os.stat(attached.arena_path).st_size == attached.arena_bytes
     keys = chain("a", 3)
-    assert (await client.lookup(keys)) == (0, [], 0, MissReason.COLD)
+    assert (await client.lookup(keys)) == (0, [], 0, MissReason.COLD, None)
     assert (await client.acquire(keys, 1.0)) == (0, [], [], None)
     reserved = await client.reserve(keys, parents_of(keys), 60.0, [True, False, False])
     assert [slot.outcome for slot in reserved.slots] == [ReserveOutcome.RESERVED] * 3
@@ -70,6 +70,30 @@ async def test_a_block_from_reserve_to_acquire(client: StoreClient, idle_child: 
     with pytest.raises(StoreUnavailable, match="not attached"):
         await client.lookup(keys)
     await client.detach()
+
+
+async def test_a_lookup_acquires_the_leading_blocks(client: StoreClient, idle_child: Callable[[], Child]) -> None:
+    await client.attach(LAYOUT, [idle_child().identity], "engine")
+    keys = chain("a", 3)
+    assert (await client.lookup(keys, max_pinned=2, ttl_s=60.0)).pinned is None
+    await put(client, keys)
+    found = await client.lookup([*keys, key("none")], max_pinned=2, ttl_s=60.0)
+    assert (found.num_blocks, found.miss_reason) == (3, MissReason.COLD)
+    assert found.pinned is not None
+    acquired = await client.acquire(keys, 60.0)
+    assert found.pinned.slots == acquired.slots[:2]
+    assert found.pinned.tier_runs == [("dram", 2)]
+    assert await client.release([acquired.lease_id]) == 1
+    assert (await client.stat()).pinned_blocks == 2
+    assert await client.release([found.pinned.lease_id]) == 1
+    found = await client.lookup(keys, 1e12, 1.0, max_pinned=2, ttl_s=60.0)
+    assert (found.num_cheaper_to_compute, found.pinned) == (3, None)
+    found = await client.lookup(keys, max_pinned=9, ttl_s=0.01)
+    assert found.pinned is not None
+    assert len(found.pinned.slots) == 3
+    await asyncio.sleep(0.1)
+    assert (await client.stat()).pinned_blocks == 0
+    assert await client.check() == []
 
 
 async def test_claims_and_outcomes_over_the_wire(client: StoreClient, idle_child: Callable[[], Child]) -> None:

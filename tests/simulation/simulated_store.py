@@ -134,6 +134,9 @@ class SimulatedStore:
             self._events.insert(0, StoreAnswer(self._next_ticket, None))
         return self._next_ticket
 
+    def send(self) -> None:
+        pass
+
     def poll(self) -> list[StoreEvent]:
         self._rng.shuffle(self._open)
         while self._open and self._rng.random() > self._lateness:
@@ -167,9 +170,11 @@ class SimulatedStore:
 
     def _answer(self, question: Question) -> object:
         match question:
-            case Lookup(keys):
+            case Lookup(keys, max_pinned, ttl_s):
                 num_blocks = self._num_leading(keys)
-                return Found(num_blocks, [("dram", num_blocks)])
+                assert not max_pinned or ttl_s > 0
+                pinned = self._acquire(keys[: min(max_pinned, num_blocks)]) if max_pinned else None
+                return Found(num_blocks, [("dram", num_blocks)], pinned=pinned)
             case Claim(keys, ttl_s):
                 assert ttl_s > 0
                 assert keys

@@ -1,6 +1,5 @@
 """Pages to and from an arena file, rank by rank, against the bytes that a block must have."""
 
-import itertools
 import os
 import random
 import select
@@ -17,8 +16,8 @@ import xxhash
 
 from cache_store.keys import Layout
 from workers.kv.layout import PageLayout
-from workers.kv.mapping import REGISTER_BYTES, pieces_of
 from workers.kv.pool import PagePool
+from workers.kv.registration import REGISTER_BYTES
 from workers.kv.transfer import MAX_BATCH, PageCopier
 from workers.step import ArenaSpec, BlockCopy, CopyResult
 
@@ -397,18 +396,5 @@ def test_slots_across_registrations_of_an_arena(folder: Path) -> None:
         assert saved == CopyResult(1, True, checksums_of(block, store))
         assert rank.one([arena.copy(2, 2, 0, saved.checksums)._replace(offset=offset)]).ok
         assert rank.page(2).tobytes() == block.tobytes()
-    assert rank.copier._mapping._registered == {0: True, 1: True}
+    assert rank.copier._mapping._registration._pieces[0] is rank.copier._mapping._registration._pieces[1] is True
     rank.copier.close()
-
-
-def test_pieces_never_cross_a_registration() -> None:
-    draw = random.Random(2)
-    assert pieces_of(5, 9) == [(5, 9)]
-    assert pieces_of(REGISTER_BYTES, REGISTER_BYTES + 1) == [(REGISTER_BYTES, REGISTER_BYTES + 1)]
-    for _ in range(200):
-        start = draw.randrange(3 * REGISTER_BYTES)
-        stop = start + draw.randrange(1, 2 * REGISTER_BYTES)
-        pieces = pieces_of(start, stop)
-        assert [pieces[0][0], pieces[-1][1]] == [start, stop]
-        assert all(left[1] == right[0] for left, right in itertools.pairwise(pieces))
-        assert all(first // REGISTER_BYTES == (last - 1) // REGISTER_BYTES for first, last in pieces)

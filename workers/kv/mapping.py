@@ -7,8 +7,6 @@ The file begins with one 64-bit generation word for every GRANULE_BYTES of slot 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import logging
 import mmap
 import os
 import threading
@@ -17,14 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cache_store.config import GRANULE_BYTES
+from workers.kv.registration import HostMemory, Registration
 from workers.step import ArenaSpec
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-log = logging.getLogger(__name__)
-
-REGISTER_BYTES = 64 << 20  # of the arena, made known to CUDA at a time
 
 
 class ArenaMapping:
@@ -33,7 +28,8 @@ class ArenaMapping:
     OSError when the file is missing or shorter than the spec says.
     """
 
-    def __init__(self, spec: ArenaSpec) -> None:
+    def __init__(self, spec: ArenaSpec, memory: HostMemory | None = None) -> None:
+        """`memory` registers the arena, in the background and where `register` asks for it; None: that needs nobody."""
         if not 0 < spec.data_offset < spec.total_bytes or spec.data_offset % 8:
             raise OSError(f"{spec.path}: data cannot begin at {spec.data_offset} of {spec.total_bytes} bytes")
         self.spec = spec
@@ -48,10 +44,15 @@ class ArenaMapping:
         self.words: npt.NDArray[np.uint64] = np.frombuffer(self._mmap, np.uint64, spec.data_offset // 8)
         self.data: npt.NDArray[np.uint8] = np.frombuffer(self._mmap, np.uint8, offset=spec.data_offset)
         self.address: int = self.data.ctypes.data  # of data[0]
-        self._lock = threading.Lock()  # protects the three below
+        self._lock = threading.Lock()  # protects the user count and the end
         self._num_users = 0
-        self._retired = False
-        self._registered: dict[int, bool] = {}  # by index of REGISTER_BYTES; False: CUDA refused
+        self._retired = threading.Event()
+        self._registration = Registration(memory, self.address, len(self.data), spec.path) if memory is not None else None
+        self._thread: threading.Thread | None = None
+        if self._registration is not None:
+            self.use()
+            self._thread = threading.Thread(target=self._register_ahead, args=(self._registration,), name="arena-registration", daemon=True)
+            self._thread.start()
 
     def is_whole(self) -> bool:
         """Touching a mapped page beyond the end of its file is a bus error, so the length is asked before every copy."""
@@ -77,46 +78,37 @@ class ArenaMapping:
 
     def retire(self) -> None:
         """No new users come; unmapped once those there are have gone."""
-        self._retired = True
+        self._retired.set()
         self._close_if_unused()
 
+    def join(self, timeout_s: float) -> None:
+        """After `retire`: returns when the background is done with the arena, which is after at most one piece."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
     def register(self, start: int, stop: int) -> None:
-        """Makes data[start:stop] known to CUDA, in pieces of REGISTER_BYTES, so that copies are DMA. Pieces are registered when first
-        used (about 5 ms each): a whole arena would take seconds at attach and pin memory that no block lies in yet."""
-        for index in range(start // REGISTER_BYTES, -(-stop // REGISTER_BYTES)):
-            if index not in self._registered:
-                with self._lock:
-                    if index not in self._registered:  # by another thread meanwhile
-                        self._registered[index] = self._host_register(index)
+        """Makes data[start:stop] known to CUDA, unless it is, so that a copy is DMA."""
+        assert self._registration is not None
+        self._registration.need(start, stop)
 
-    def _host_register(self, index: int) -> bool:
-        import torch
+    def _register_ahead(self, registration: Registration) -> None:
+        try:
+            registration.go_ahead(self._allocated_bytes, self._retired)
+        finally:
+            self.release()
 
-        first = index * REGISTER_BYTES
-        piece = self.data[first : first + REGISTER_BYTES]
-        error = torch.cuda.cudart().cudaHostRegister(piece.ctypes.data, piece.nbytes, 0)
-        if int(error) != 0:
-            log.warning("cudaHostRegister of %d bytes of %s failed (%s): copies there are slower", piece.nbytes, self.spec.path, error)
-        return int(error) == 0
+    def _allocated_bytes(self) -> int:
+        """Of `data`. The store allocates from its beginning on."""
+        return os.fstat(self._fd).st_blocks * 512 - self.spec.data_offset
 
     def _close_if_unused(self) -> None:
         with self._lock:
-            if self._num_users or not self._retired or self._fd < 0:
+            if self._num_users or not self._retired.is_set() or self._fd < 0:
                 return
             os.close(self._fd)
             self._fd = -1
-            pieces = [index for index, registered in self._registered.items() if registered]
-            if pieces:
-                import torch
-
-                for index in pieces:
-                    torch.cuda.cudart().cudaHostUnregister(self.data[index * REGISTER_BYTES :].ctypes.data)
+            if self._registration is not None:
+                self._registration.close()
             del self.words, self.data
             with contextlib.suppress(BufferError):  # a view is still referred to: unmapped when that goes
                 self._mmap.close()
-
-
-def pieces_of(start: int, stop: int) -> list[tuple[int, int]]:
-    """[start, stop) cut at multiples of REGISTER_BYTES: one DMA may not span two registrations."""
-    cuts = [start, *range((start // REGISTER_BYTES + 1) * REGISTER_BYTES, stop, REGISTER_BYTES), stop]
-    return list(itertools.pairwise(cuts))

@@ -31,7 +31,8 @@ import numpy as np
 import xxhash
 
 from workers.kv.dma import Dma
-from workers.kv.mapping import ArenaMapping, pieces_of
+from workers.kv.mapping import ArenaMapping
+from workers.kv.registration import CudaHostMemory, HostMemory, pieces_of
 from workers.step import ArenaSpec, BlockCopy, CopyResult
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ class PageCopier:
         self._pool = pool
         self._on_cuda = bool(getattr(pool.tensor, "is_cuda", False))
         self._store = layout.store
+        self._memory: HostMemory | None = CudaHostMemory(pool.tensor.device) if self._on_cuda else None
         self._mapping: ArenaMapping | None = None
         self._done: deque[CopyResult] = deque()
         self._failure: Exception | None = None
@@ -208,7 +210,7 @@ class PageCopier:
         if old is not None:
             old.retire()
         try:
-            self._mapping = ArenaMapping(spec)
+            self._mapping = ArenaMapping(spec, self._memory)
         except OSError as error:
             log.warning("cannot map the arena, so copies will fail: %s", error)
 
@@ -259,6 +261,7 @@ class PageCopier:
                     _let_go(batch)
         if self._mapping is not None:
             self._mapping.retire()
+            self._mapping.join(_JOIN_TIMEOUT_S)
             self._mapping = None
         if not any(thread.is_alive() for thread in self._threads):  # else one may still write to it
             os.close(self._fd)

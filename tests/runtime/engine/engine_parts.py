@@ -80,16 +80,19 @@ class ScriptedPort:
     def __init__(self) -> None:
         self.state = StoreState.READY
         self.asked: list[tuple[int, Question]] = []
+        self.is_full = False  # too many questions are open
         self._tickets = itertools.count(1)
 
     def start(self, layout: Layout, processes: Sequence[tuple[int, int]], wake: Callable[[], None]) -> None: ...
 
     def ask(self, question: Question) -> int | None:
-        if self.state is not StoreState.READY:
+        if self.state is not StoreState.READY or self.is_full:
             return None
         ticket = next(self._tickets)
         self.asked.append((ticket, question))
         return ticket
+
+    def send(self) -> None: ...
 
     def poll(self) -> list[StoreEvent]:
         return []

@@ -9,7 +9,7 @@ from engine_parts import BLOCK_SIZE, ROOT, Bench, ScriptedPort
 
 from cache_store.accesses import MissReason
 from cache_store.client import Acquired, ClaimOutcome, Found, Slot
-from cache_store.keys import chain_keys
+from cache_store.keys import BlockKey, chain_keys
 from runtime.engine.kv_loads import KvLoads
 from runtime.engine.live import LiveRequest, LoadGate
 from runtime.engine.rates import ReplicaRates
@@ -53,23 +53,41 @@ class LoadBench(Bench):
         self.advance()
         return question
 
-    def find(self, count: int) -> object:
-        return self.answer(Lookup, Found(count, [("dram", count)]))
+    def find(self, count: int, num_pinned: int = 0) -> list[BlockKey]:
+        """`num_pinned` of them are acquired at once, under lease 4. -> the keys asked for"""
+        pinned = acquired(num_pinned, lease_id=4) if num_pinned else None
+        question = self.answer(Lookup, Found(count, [("dram", count)], pinned=pinned))
+        assert isinstance(question, Lookup)
+        return question.keys
 
     def grant(self, count: int, lease_id: int = 5, tier: str = "dram") -> object:
-        slots = [Slot(256 * i, 7, b"sum%d" % i) for i in range(count)]
-        return self.answer(Acquire, Acquired(lease_id if count else 0, slots, [(tier, count)] if count else []))
+        return self.answer(Acquire, acquired(count, lease_id, tier))
 
-    def finish_copies(self, *failed: int) -> None:
-        copies, self.copies = self.copies, []
+    def finish_copies(self, *failed: int, count: int | None = None) -> None:
+        """The oldest ones, or all."""
+        copies, self.copies = self.copies[:count], self.copies[len(self.copies) if count is None else count :]
         for i, copy in enumerate(copies):
             assert self.loads.copied(CopyResult(copy.copy_id, i not in failed, b""), self.now_s)
         self.advance()
+
+    def released(self) -> list[int]:
+        """Leases that were given back since; the store confirms."""
+        leases = []
+        for ticket, question in [(ticket, each) for ticket, each in self.port.asked if isinstance(each, Release)]:
+            self.port.asked.remove((ticket, question))
+            leases += question.lease_ids
+            assert self.loads.answered(StoreAnswer(ticket, len(question.lease_ids)), self.now_s)
+        return leases
 
     def settled(self) -> None:
         assert self.loads.check() == []
         assert self.loads.num_open_copies == 0
         assert self.blocks.check() == []
+
+
+def acquired(count: int, lease_id: int = 5, tier: str = "dram") -> Acquired:
+    slots = [Slot(256 * i, 7, b"sum%d" % i) for i in range(count)]
+    return Acquired(lease_id if count else 0, slots, [(tier, count)] if count else [])
 
 
 def test_a_prefix_in_the_store_is_loaded_before_admission() -> None:
@@ -78,7 +96,7 @@ def test_a_prefix_in_the_store_is_loaded_before_admission() -> None:
     assert live.load_gate is LoadGate.WAIT
     assert bench.plan() is None
     keys = chain_keys(ROOT, PROMPT, BLOCK_SIZE)
-    assert bench.find(3) == Lookup(keys)
+    assert bench.find(3) == keys
     question = bench.grant(3)
     assert isinstance(question, Acquire)
     assert question.keys == keys[:3]
@@ -117,7 +135,7 @@ def test_pages_and_store_share_a_prefix() -> None:
     bench.add("first", PROMPT[:9], max_tokens=1)
     bench.step()  # two blocks are in pages now
     live = bench.arrive()
-    assert bench.find(1) == Lookup(chain_keys(ROOT, PROMPT, BLOCK_SIZE)[2:])
+    assert bench.find(1) == chain_keys(ROOT, PROMPT, BLOCK_SIZE)[2:]
     bench.grant(1, tier="disk")
     assert len(live.held_pages) == 2, "what it builds on must stay while it loads"
     bench.finish_copies()
@@ -141,7 +159,7 @@ def test_a_fast_replica_asks_for_a_step_of_tokens_and_for_what_begins_a_prompt()
     bench = LoadBench(num_pages=80)
     bench.rates.tokens_per_s = 1e9
     assert bench.arrive().load_gate is LoadGate.WAIT
-    assert bench.find(0) == Lookup(chain_keys(ROOT, PROMPT, BLOCK_SIZE))
+    assert bench.find(0) == chain_keys(ROOT, PROMPT, BLOCK_SIZE)
     bench.step()
     bench.step()
     assert bench.arrive("long", [*PROMPT[:16], *range(65)]).load_gate is LoadGate.WAIT
@@ -265,6 +283,218 @@ def test_pages_of_an_aborted_request_return_only_after_their_copies() -> None:
     bench.settled()
 
 
+def test_what_the_lookup_has_acquired_is_copied_while_the_next_is_acquired() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    assert bench.port.asked[0][1] == Lookup(chain_keys(ROOT, PROMPT, BLOCK_SIZE), 1, bench.config.lease_ttl_s)
+    bench.find(4, num_pinned=1)
+    assert [copy.checksums for copy in bench.copies] == [b"sum0"]
+    assert bench.loads.leases.num_slots == 1
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.WAIT
+    assert bench.blocks.match(live.keys) == 1, "whoever needs the first block finds it"
+    assert len(live.held_pages) == 1
+    assert bench.released() == [4]
+    assert bench.grant(2) == Acquire(live.keys[1:3], bench.config.lease_ttl_s), "twice as many"
+    assert bench.grant(1, lease_id=6) == Acquire(live.keys[3:], bench.config.lease_ttl_s)
+    assert bench.loads.check() == []
+    bench.finish_copies()
+    assert sorted(bench.released()) == [5, 6]
+    assert live.load_gate is LoadGate.OPEN
+    assert len(live.held_pages) == 4
+    bench.plan()
+    assert live.cached == (0, 16, 0, 0)
+    assert live.bytes_loaded == 400
+    bench.settled()
+
+
+def test_blocks_are_held_as_they_come_in_whatever_order() -> None:
+    bench = LoadBench(first_load_blocks=2)
+    live = bench.arrive()
+    bench.find(4, num_pinned=2)
+    bench.grant(2)
+    first, *others = bench.copies
+    bench.copies = others
+    bench.finish_copies()
+    assert bench.blocks.match(live.keys) == len(live.held_pages) == 0
+    assert bench.released() == [5]
+    assert bench.loads.check() == []
+    bench.copies = [first]
+    bench.finish_copies()
+    assert len(live.held_pages) == 4
+    assert live.load_gate is LoadGate.OPEN
+    bench.settled()
+
+
+def test_nothing_is_acquired_behind_a_copy_that_failed() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    bench.find(4, num_pinned=1)
+    bench.finish_copies(0)
+    assert live.load_gate is LoadGate.WAIT, "the next piece is being acquired"
+    bench.grant(2)
+    assert bench.copies == []
+    assert sorted(bench.released()) == [4, 5]
+    assert live.load_gate is LoadGate.OPEN
+    bench.plan()
+    assert reasons(live) == {"store_unavailable": 16, "partial_block": 2}
+    bench.settled()
+
+
+def test_blocks_behind_a_copy_that_failed_are_not_published() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    bench.find(3, num_pinned=1)
+    bench.grant(2)
+    bench.finish_copies(0)
+    assert live.load_gate is LoadGate.OPEN
+    assert bench.blocks.num_cached == bench.blocks.num_used == 0
+    assert sorted(bench.released()) == [4, 5]
+    bench.settled()
+
+
+def test_a_piece_that_comes_short_is_the_last() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    bench.find(4, num_pinned=1)
+    bench.grant(1)
+    assert bench.port.asked == []
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.OPEN
+    assert len(live.held_pages) == 2
+    bench.plan()
+    assert reasons(live) == {"evicted": 8, "partial_block": 2}
+    bench.settled()
+
+
+def test_a_store_that_cannot_be_asked_for_the_next_piece_has_failed() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    ticket, _ = bench.port.take(Lookup)
+    bench.loads.answered(StoreAnswer(ticket, Found(4, [("dram", 4)], pinned=acquired(1, 4))), bench.now_s)
+    bench.port.state = StoreState.LOST
+    bench.advance()
+    assert live.load_gate is LoadGate.WAIT
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.OPEN
+    assert live.store_failed
+    assert len(live.held_pages) == 1
+    bench.settled()
+
+
+def test_a_request_that_ends_between_two_pieces() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    bench.find(4, num_pinned=1)
+    bench.finish_copies()
+    bench.loads.ended(live)
+    bench.scheduler.remove(live)
+    assert bench.blocks.num_used == 3, "the job keeps what the request did not hold"
+    bench.grant(2)
+    assert bench.copies == []
+    assert sorted(bench.released()) == [4, 5]
+    assert bench.blocks.num_used == 0
+    assert bench.blocks.num_cached == 1
+    bench.settled()
+
+
+def test_a_lost_store_between_two_pieces() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    bench.find(4, num_pinned=1)
+    ticket, _ = bench.port.take(Acquire)
+    bench.port.state = StoreState.LOST
+    bench.loads.answered(StoreAnswer(ticket, None), bench.now_s)
+    bench.loads.lost(bench.now_s)
+    assert live.load_gate is LoadGate.OPEN
+    assert live.store_failed
+    bench.finish_copies()
+    assert bench.loads.leases.num_slots == bench.blocks.num_used == 0
+    bench.settled()
+
+
+def test_what_the_lookup_has_acquired_for_nobody_is_given_back() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    bench.loads.ended(live)
+    bench.scheduler.remove(live)
+    bench.find(4, num_pinned=1)
+    assert bench.released() == [4]
+    bench.settled()
+
+
+def test_what_the_lookup_has_acquired_for_a_request_without_room_is_given_back() -> None:
+    bench = LoadBench(num_pages=10, first_load_blocks=1)
+    bench.add("row", 16, max_tokens=8)
+    bench.step()
+    live = bench.arrive()
+    bench.find(4, num_pinned=1)
+    assert live.load_gate is LoadGate.NO_ROOM
+    assert bench.released() == [4]
+    bench.scheduler.remove(bench.scheduler.running[0])
+    bench.advance()
+    assert isinstance(bench.port.asked[0][1], Acquire)
+
+
+def test_two_lookups_that_acquire_the_same_block_copy_it_once() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    first, second = bench.arrive("a"), bench.arrive("b", [*PROMPT[:16], 1, 2, 3])
+    ticket, question = bench.port.asked.pop(1)
+    assert isinstance(question, Lookup)
+    bench.find(1, num_pinned=1)
+    bench.loads.answered(StoreAnswer(ticket, Found(1, [("dram", 1)], pinned=acquired(1, lease_id=9))), bench.now_s)
+    bench.advance()
+    assert bench.released() == [9]
+    assert bench.arrive("c", [*PROMPT[:16], 7]).load_gate is LoadGate.WAIT
+    assert bench.port.asked[-1][1].max_pinned == 0, "that block is being read"
+    assert len(bench.copies) == 1
+    bench.finish_copies()
+    assert first.load_gate is second.load_gate is LoadGate.OPEN
+    bench.find(0)
+    bench.settled()
+
+
+def test_a_request_far_from_its_turn_is_looked_up_without_acquiring() -> None:
+    bench = LoadBench(max_loading_requests=1)
+    bench.arrive("a")
+    bench.arrive("b", [9] * 18)
+    assert [question.max_pinned for _, question in bench.port.asked] == [bench.config.first_load_blocks, 0]
+
+
+def test_a_block_that_a_row_has_computed_meanwhile_is_not_copied() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    bench.find(4, num_pinned=1)
+    bench.now_s += 3
+    bench.advance()
+    assert bench.plan() == {"a": 16}, "it waits no longer, and computes"
+    bench.apply()
+    assert bench.blocks.match(live.keys) == 4
+    other = bench.arrive("b", [*PROMPT[:16], 1])
+    assert other.load_gate is LoadGate.OPEN
+    bench.grant(2)
+    assert len(bench.copies) == 1, "that of the first block"
+    bench.finish_copies()
+    assert bench.blocks.num_used == len(live.pages)
+    bench.settled()
+
+
+def test_pages_that_others_needed_more_are_not_held_again() -> None:
+    bench = LoadBench(first_load_blocks=1)
+    live = bench.arrive()
+    bench.find(3, num_pinned=1)
+    bench.finish_copies()
+    assert bench.scheduler.drop_held_pages()
+    bench.grant(2)
+    bench.finish_copies()
+    assert live.held_pages == []
+    assert live.load_gate is LoadGate.OPEN, "they are still there"
+    assert bench.blocks.num_cached == 3
+    bench.plan()
+    assert live.cached == (0, 12, 0, 0)
+    bench.settled()
+
+
 def test_two_requests_load_a_block_once() -> None:
     bench = LoadBench()
     first, second = bench.arrive("a"), bench.arrive("b", [*PROMPT[:16], 1, 2, 3])
@@ -305,14 +535,14 @@ def test_loads_are_bounded() -> None:
     assert [len(keys) for keys in wanted] == [4, 2], "two requests, six blocks"
 
 
-def test_a_long_prefix_is_loaded_piece_by_piece() -> None:
+def test_a_long_prefix_is_loaded_in_several_jobs() -> None:
     bench = LoadBench(max_loading_blocks=3)
     live = bench.arrive()
     bench.find(4)
     bench.grant(3, lease_id=5)
     bench.finish_copies()
     assert live.load_gate is LoadGate.WAIT
-    assert bench.port.take(Release)[1] == Release([5])
+    assert bench.released() == [5]
     bench.grant(1, lease_id=6)
     bench.finish_copies()
     assert live.load_gate is LoadGate.OPEN
@@ -403,6 +633,32 @@ def test_what_the_store_lacks_is_claimed_and_then_computed() -> None:
     assert bench.loads.claims.num_blocks == 0
 
 
+def test_blocks_are_read_while_others_are_claimed() -> None:
+    bench = LoadBench()
+    bench.claim_outcome = None
+    live = bench.arrive()
+    bench.find(1, num_pinned=1)
+    assert len(bench.copies) == 1
+    bench.finish_copies()
+    assert bench.loads.phases() == ["claiming"]
+    assert live.load_gate is LoadGate.WAIT
+    bench.claim_outcome = ClaimOutcome.GRANTED
+    bench.advance()
+    assert live.load_gate is LoadGate.OPEN
+    assert bench.loads.claims.num_blocks == 3
+
+
+def test_a_claim_that_fails_while_blocks_are_read_is_followed_once_they_are() -> None:
+    bench = LoadBench()
+    bench.claim_outcome = ClaimOutcome.ELSEWHERE
+    live = bench.arrive()
+    bench.find(1, num_pinned=1)
+    assert bench.loads.phases() == ["loading"]
+    bench.finish_copies()
+    assert bench.loads.phases() == ["awaiting"]
+    assert live.load_gate is LoadGate.WAIT
+
+
 def test_a_block_that_another_replica_computes_is_waited_for() -> None:
     bench, live = behind_another_replica()
     assert live.load_gate is LoadGate.WAIT
@@ -436,7 +692,7 @@ def test_blocks_are_loaded_as_the_other_replica_delivers_them() -> None:
     assert bench.port.take(Release)[1] == Release([5])
     bench.now_s = bench.loads.next_deadline_s
     bench.advance()
-    assert bench.find(2) == Lookup(live.keys[2:])
+    assert bench.find(2) == live.keys[2:]
     bench.grant(2)
     bench.finish_copies()
     assert live.load_gate is LoadGate.OPEN

@@ -129,6 +129,21 @@ def test_nothing_is_committed_behind_a_copy_that_failed() -> None:
     assert bench.port.take(Release)[1] == Release([3])
 
 
+def test_nothing_is_committed_behind_blocks_that_the_store_could_not_be_asked_about() -> None:
+    bench = OfferBench(offer_batch_blocks=1)
+    bench.compute("a", 9)
+    bench.reserve(RESERVED, lease_id=3)
+    bench.reserve(RESERVED, lease_id=4)
+    bench.port.is_full = True
+    bench.finish_copies()
+    bench.port.is_full = False
+    bench.advance()
+    assert bench.port.take(Release)[1] == Release([3, 4])
+    assert bench.port.asked == []
+    assert bench.offers.num_dropped == 2
+    assert bench.offers.num_pending == 0
+
+
 def test_batches_are_bounded_and_commit_in_order() -> None:
     bench = OfferBench(offer_batch_blocks=2, max_saving_blocks=3)
     bench.compute("a", 21)

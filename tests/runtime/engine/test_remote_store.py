@@ -78,6 +78,7 @@ class Port:
 
     def ask(self, question: Question) -> object:
         ticket = self.remote.ask(question)
+        self.remote.send()
         assert ticket is not None
         answer = self.wait_for(StoreAnswer)
         assert isinstance(answer, StoreAnswer)
@@ -106,10 +107,12 @@ def test_every_question_has_its_answer(port: Port) -> None:
     assert [slot.outcome for slot in reserved.slots] == [ReserveOutcome.RESERVED] * 3
     blocks = [(key, range(NUM_PARTS), bytes([i]) * 8 * NUM_PARTS) for i, key in enumerate(KEYS)]
     assert port.ask(Commit(reserved.lease_id, blocks)) == [CommitOutcome.COMMITTED] * 3
-    assert port.ask(Lookup(KEYS)).num_blocks == 3
+    found = port.ask(Lookup(KEYS, 2, 60.0))
+    assert found.num_blocks == 3
     acquired = port.ask(Acquire(KEYS, 60.0))
     assert [slot.checksums for slot in acquired.slots] == [checksums for _, _, checksums in blocks]
-    assert port.ask(Release([acquired.lease_id])) == 1
+    assert found.pinned.slots == acquired.slots[:2]
+    assert port.ask(Release([acquired.lease_id, found.pinned.lease_id])) == 2
 
 
 def test_a_restarted_store_is_noticed_and_attached_to_again(port: Port, store: StoreProcess) -> None:
@@ -129,10 +132,21 @@ def test_open_questions_are_answered_before_the_loss(port: Port, store: StorePro
     port.wait_for(StoreReady)
     os.kill(store.pid, signal.SIGSTOP)
     tickets = [port.remote.ask(Lookup(KEYS)) for _ in range(20)]
+    port.remote.send()
+    tickets += [port.remote.ask(Lookup(KEYS)) for _ in range(20)]
     os.kill(store.pid, signal.SIGKILL)
     port.wait_for(StoreLost)
     answered = [event.ticket for event in port.events if isinstance(event, StoreAnswer) and event.reply is None]
     assert sorted(answered) == tickets
+
+
+def test_questions_leave_when_they_are_sent(port: Port) -> None:
+    port.wait_for(StoreReady)
+    tickets = [port.remote.ask(Lookup(KEYS)) for _ in range(2)]
+    time.sleep(0.2)
+    assert port.remote.poll() == []
+    port.remote.send()
+    assert [port.wait_for(StoreAnswer).ticket for _ in tickets] == tickets
 
 
 def test_a_store_that_comes_late_is_found(tmp_path: Path, rank: tuple[int, int]) -> None:
