@@ -123,8 +123,11 @@ class KvLoads:
             wait = self._waits.get(request)
             if wait and wait.phase is LoadPhase.QUEUED:
                 self._look(wait, now_s, self._config.first_load_blocks if place < window else 0)
-            elif wait and wait.phase is LoadPhase.FOUND and place < window:
-                self._read(wait, scheduler, now_s)
+            elif wait and wait.phase is LoadPhase.FOUND:
+                if place < window:
+                    self._read(wait, scheduler, now_s)
+                else:
+                    self._let_go(wait)
 
     def answered(self, answer: StoreAnswer, now_s: float) -> bool:
         """Takes the store's answer to a question that was asked here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from engine_parts import BLOCK_SIZE, ROOT, Bench, ScriptedPort
+from engine_parts import BLOCK_SIZE, ROOT, Bench, ScriptedPort, make_request
 
 from cache_store.accesses import MissReason
 from cache_store.client import Acquired, ClaimOutcome, Found, Slot
@@ -451,6 +451,21 @@ def test_two_lookups_that_acquire_the_same_block_copy_it_once() -> None:
     bench.finish_copies()
     assert first.load_gate is second.load_gate is LoadGate.OPEN
     bench.find(0)
+    bench.settled()
+
+
+def test_what_the_lookup_has_acquired_is_given_back_when_others_come_first() -> None:
+    bench = LoadBench(max_num_seqs=1)
+    live = bench.arrive()
+    bench.scheduler.waiting.appendleft(bench.live(make_request("preempted", [1] * 18)))
+    bench.find(4, num_pinned=1)
+    assert bench.released() == [4]
+    assert bench.copies == []
+    bench.scheduler.waiting.popleft()
+    bench.advance()
+    assert bench.grant(4) == Acquire(live.keys, bench.config.lease_ttl_s)
+    bench.finish_copies()
+    assert live.load_gate is LoadGate.OPEN
     bench.settled()
 
 

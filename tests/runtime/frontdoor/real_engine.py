@@ -42,6 +42,8 @@ class SilentStore:
         self.num_lookups += 1
         return next(self._tickets)
 
+    def send(self) -> None: ...
+
     def poll(self) -> list[StoreEvent]:
         return []
 
