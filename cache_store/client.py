@@ -70,6 +70,7 @@ class Found(NamedTuple):
     num_cheaper_to_compute: int = 0  # keys behind num_blocks that a tier has, but that are computed faster than brought
     miss_reason: MissReason | None = None  # why the key behind num_blocks is not answered
     pinned: Acquired | None = None  # leading blocks, where some were to be pinned
+    claims: Sequence[ClaimOutcome] = ()  # of the keys behind num_blocks, where they were to be claimed
 
 
 class Slot(NamedTuple):
@@ -156,9 +157,13 @@ class StoreClient:
         *,
         max_pinned: int = 0,
         ttl_s: float = 0.0,
+        claim_ttl_s: float = 0.0,
+        min_claimed: int = 0,
     ) -> Found:
         """How many leading keys are stored, in whichever tier. With the replica's rate of prefill, blocks are answered only as far as
-        bringing them is cheaper than computing them. Of those that are in the arena, up to `max_pinned` leading ones are acquired."""
+        bringing them is cheaper than computing them. Of those that are in the arena, up to `max_pinned` leading ones are acquired. With
+        `claim_ttl_s` the keys behind those found are claimed, where no tier has any of them and they are `min_claimed` or nothing is
+        found."""
         request = pb.LookupRequest(
             session_id=self._session(),
             keys=join_keys(keys),
@@ -166,10 +171,14 @@ class StoreClient:
             copy_bytes_per_s=copy_bytes_per_s,
             max_pinned=max_pinned,
             ttl_ms=_milliseconds(ttl_s),
+            claim_ttl_ms=_milliseconds(claim_ttl_s) if claim_ttl_s else 0,
+            min_claimed=min_claimed,
         )
         reply: pb.LookupResponse = await self._call(self._stub.Lookup, request)
         pinned = self._acquired(reply.pinned) if reply.HasField("pinned") else None
-        return Found(reply.num_blocks, _runs(reply.tier_runs), reply.num_cheaper_to_compute, _MISSES.get(reply.miss_reason), pinned)
+        claims = [_CLAIM_OUTCOMES[number] for number in reply.claims]
+        miss_reason = _MISSES.get(reply.miss_reason)
+        return Found(reply.num_blocks, _runs(reply.tier_runs), reply.num_cheaper_to_compute, miss_reason, pinned, claims)
 
     async def claim(self, keys: Sequence[bytes], ttl_s: float) -> list[ClaimOutcome]:
         """States the intent to compute blocks; forgotten after `ttl_s`, or when they are stored."""

@@ -117,12 +117,17 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
         pinned = None
         if request.max_pinned:
             pinned = self._node.acquire_found(request.session_id, keys[: request.max_pinned], looked, request.ttl_ms / 1000)
+        num_blocks = sum(count for _, count in looked.runs)
+        claims, missing = [], keys[num_blocks:]
+        if request.claim_ttl_ms and not looked.num_cheaper_to_compute and (len(missing) >= request.min_claimed or not num_blocks):
+            claims = self._store.claim(request.session_id, missing, request.claim_ttl_ms / 1000)
         return pb.LookupResponse(
-            num_blocks=sum(count for _, count in looked.runs),
+            num_blocks=num_blocks,
             tier_runs=_runs(looked.runs),
             num_cheaper_to_compute=looked.num_cheaper_to_compute,
             miss_reason=MISS[looked.reason] if looked.reason else None,
             pinned=_acquired_message(pinned) if pinned else None,
+            claims=[CLAIM[outcome] for outcome in claims],
         )
 
     @_answers

@@ -137,34 +137,40 @@ class DetachResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("session_id", "keys", "compute_tokens_per_s", "copy_bytes_per_s", "max_pinned", "ttl_ms")
+    __slots__ = ("session_id", "keys", "compute_tokens_per_s", "copy_bytes_per_s", "max_pinned", "ttl_ms", "claim_ttl_ms", "min_claimed")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     COPY_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     MAX_PINNED_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    CLAIM_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    MIN_CLAIMED_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     keys: bytes
     compute_tokens_per_s: float
     copy_bytes_per_s: float
     max_pinned: int
     ttl_ms: int
-    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., compute_tokens_per_s: _Optional[float] = ..., copy_bytes_per_s: _Optional[float] = ..., max_pinned: _Optional[int] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+    claim_ttl_ms: int
+    min_claimed: int
+    def __init__(self, session_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., compute_tokens_per_s: _Optional[float] = ..., copy_bytes_per_s: _Optional[float] = ..., max_pinned: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., claim_ttl_ms: _Optional[int] = ..., min_claimed: _Optional[int] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("num_blocks", "tier_runs", "num_cheaper_to_compute", "miss_reason", "pinned")
+    __slots__ = ("num_blocks", "tier_runs", "num_cheaper_to_compute", "miss_reason", "pinned", "claims")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TIER_RUNS_FIELD_NUMBER: _ClassVar[int]
     NUM_CHEAPER_TO_COMPUTE_FIELD_NUMBER: _ClassVar[int]
     MISS_REASON_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    CLAIMS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     tier_runs: _containers.RepeatedScalarFieldContainer[int]
     num_cheaper_to_compute: int
     miss_reason: MissReason
     pinned: AcquireResponse
-    def __init__(self, num_blocks: _Optional[int] = ..., tier_runs: _Optional[_Iterable[int]] = ..., num_cheaper_to_compute: _Optional[int] = ..., miss_reason: _Optional[_Union[MissReason, str]] = ..., pinned: _Optional[_Union[AcquireResponse, _Mapping]] = ...) -> None: ...
+    claims: _containers.RepeatedScalarFieldContainer[ClaimOutcome]
+    def __init__(self, num_blocks: _Optional[int] = ..., tier_runs: _Optional[_Iterable[int]] = ..., num_cheaper_to_compute: _Optional[int] = ..., miss_reason: _Optional[_Union[MissReason, str]] = ..., pinned: _Optional[_Union[AcquireResponse, _Mapping]] = ..., claims: _Optional[_Iterable[_Union[ClaimOutcome, str]]] = ...) -> None: ...
 
 class ClaimRequest(_message.Message):
     __slots__ = ("session_id", "keys", "ttl_ms")

@@ -135,7 +135,7 @@ class CacheStoreServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Lookup(self, request, context):
-        """Counts the leading keys that are stored and complete. Pins nothing, but where asked to, the first of them as Acquire does.
+        """Counts the leading keys that are stored and complete. Where asked to, pins the first of them as Acquire does, and claims the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

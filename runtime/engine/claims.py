@@ -30,11 +30,10 @@ class FlightClaims:
     def num_blocks(self) -> int:
         return len(self._num_requests)
 
-    def ask(self, keys: list[BlockKey], ttl_s: float) -> int | None:
-        """A ticket, as from the port."""
-        for key in keys:
+    def asked(self, keys: Sequence[BlockKey]) -> None:
+        """A lookup claims those of them that are not stored."""
+        for key in keys if self._to_give_up else ():
             self._to_give_up.pop(key, None)
-        return self._port.ask(Claim(keys, ttl_s))
 
     def hold(self, request: LiveRequest, keys: Sequence[BlockKey]) -> None:
         """The store has granted these, and the request is about to compute them."""

@@ -6,14 +6,14 @@ One wait per request, one job per read:
                                             ^  |                        ^                                  |
                                 time to look|  |                        +------------more to read----------+
                                             |  |                                                           |all read
-                                            |  +--there is nothing to read--> CLAIMING, where blocks are <--+
-                                            |                              v  being claimed
-                                         AWAITING <--another replica computes the next block
+                                            |  +--------------there is nothing to read---------------------+
+                                            |                                                              v
+                                         AWAITING <--------another replica computes the next block---------+
                                            (over) <--otherwise; and after a failure or the deadline, from every phase
 
-Single flight: a request claims the blocks that the store lacks before it computes them, while those that the store has are read. Where
-another replica holds the claim of the next one, it looks again and again until the block is stored, the claim has ended (that replica
-died or gave up), or the time is up. Requests wait for claims on blocks nearer to the root only, so that no two can wait for each other.
+Single flight: the lookup also claims the blocks that the store lacks. Where another replica holds the claim of the next one, the request
+looks again and again until the block is stored, the claim has ended (that replica died or gave up), or the time is up. Requests wait for
+claims on blocks nearer to the root only, so that no two can wait for each other.
 
 A job has its pages from the start and reads piece by piece, each acquired while the one before is copied; the first is acquired with the
 lookup. Blocks are published, and held for the request, as their copies are answered: when the last one is, little is left to do.
@@ -27,10 +27,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cache_store.keys import BlockKey
+from cache_store.outcomes import ClaimOutcome
 from runtime.engine.block_manager import BlockManager, Published
 from runtime.engine.claims import FlightClaims
 from runtime.engine.config import EngineConfig
@@ -43,7 +44,7 @@ from runtime.engine.store_port import Acquire, Lookup, StoreAnswer, StorePort, S
 from workers.step import BlockCopy, CopyResult
 
 if TYPE_CHECKING:
-    from cache_store.client import Acquired, ClaimOutcome, Found
+    from cache_store.client import Acquired, Found
 
 
 class KvLoads:
@@ -68,7 +69,6 @@ class KvLoads:
         self._rates = rates
         self._waits: dict[LiveRequest, Wait] = {}
         self._lookups: dict[int, Wait] = {}
-        self._claimings: dict[int, Wait] = {}
         self._acquires: dict[int, Job] = {}
         self._copies: list[BlockCopy] = []  # for the next plan
         self._open: dict[int, tuple[Piece, int]] = {}  # copy -> its piece and position in the job
@@ -137,10 +137,6 @@ class KvLoads:
         if wait:
             self._looked(wait, answer.reply, now_s)  # type: ignore[arg-type]  # the reply to Lookup
             return True
-        wait = self._claimings.pop(answer.ticket, None)
-        if wait:
-            self._claimed(wait, answer.reply, now_s)  # type: ignore[arg-type]  # the reply to Claim
-            return True
         job = self._acquires.pop(answer.ticket, None)
         if job:
             self._acquired(job, answer.reply, now_s)  # type: ignore[arg-type]  # the reply to Acquire
@@ -187,8 +183,11 @@ class KvLoads:
 
     def _is_soon_computed(self, num_hits: int, num_missing: int) -> bool:
         """Whether so few blocks are missing that the step which computes the rest of the prompt hardly takes longer for them."""
-        num_tokens = num_missing * self._blocks.block_size
-        return num_hits > 0 and num_tokens < MIN_TOKENS and num_tokens <= self._rates.tokens_per_s * self._config.unasked_compute_s
+        return num_hits > 0 and num_missing <= self._num_soon_computed
+
+    @property
+    def _num_soon_computed(self) -> int:
+        return int(min(MIN_TOKENS - 1, self._rates.tokens_per_s * self._config.unasked_compute_s)) // self._blocks.block_size
 
     def _look(self, wait: Wait, now_s: float, max_pinned: int = 0) -> None:
         keys = self._reusable_keys(wait.request)
@@ -196,13 +195,16 @@ class KvLoads:
         if num_hits == len(keys):
             self._over(wait, now_s)
             return
-        question = Lookup(keys[num_hits:])
-        if max_pinned and keys[num_hits] not in self._loading and not self._blocks.is_announced(keys[num_hits]):
-            question = Lookup(question.keys, max_pinned, self._config.lease_ttl_s)
-        ticket = self._port.ask(question)
+        wanted = keys[num_hits:]
+        if wanted[0] in self._loading or self._blocks.is_announced(wanted[0]):
+            max_pinned = 0
+        claim_ttl_s = 2 * self._config.single_flight_limit_s(len(wanted) * self._blocks.block_size)
+        lease_ttl_s = self._config.lease_ttl_s if max_pinned else 0.0
+        ticket = self._port.ask(Lookup(wanted, max_pinned, lease_ttl_s, claim_ttl_s, self._num_soon_computed + 1))
         if ticket is None:
             self._over(wait, now_s, store_failed=True)
             return
+        self.claims.asked(wanted)
         wait.num_found = num_hits
         wait.phase = LoadPhase.LOOKING
         wait.look_at_s = math.inf
@@ -224,55 +226,38 @@ class KvLoads:
         if pinned and pinned.lease_id:
             self.leases.add(pinned.lease_id, len(pinned.slots))
             wait.pinned = (wait.num_found, pinned)
+        wait.num_found += found.num_blocks if found is not None else 0
+        claims = found.claims if found is not None else ()
+        self._claimed(wait, claims)
         if self._waits.get(wait.request) is not wait:
             self._let_go(wait)
             return
         if found is None:
             self._over(wait, now_s, store_failed=True)
             return
-        wait.num_found += found.num_blocks
         num_cheaper = found.num_cheaper_to_compute
         wait.request.store_verdict = StoreVerdict(wait.num_found, num_cheaper, found.miss_reason == "evicted")
         if wait.flight_ends_s < math.inf:
             self.num_awaited += found.num_blocks
-        missing = self._reusable_keys(wait.request)[wait.num_found :]
-        limit_s = self._config.single_flight_limit_s(len(missing) * self._blocks.block_size)
-        is_claimed = missing and limit_s and not num_cheaper and not self._is_soon_computed(wait.num_found, len(missing))
-        ticket = self.claims.ask(missing, 2 * limit_s) if is_claimed else None
-        wait.is_behind = False
-        wait.is_claiming = ticket is not None
-        if ticket is not None:
-            self._claimings[ticket] = wait
         self._go_on(wait, now_s)
 
-    def _claimed(self, wait: Wait, outcomes: list[ClaimOutcome] | None, now_s: float) -> None:
-        """What is granted is this request's to compute: at once, or when it has what comes before."""
-        from cache_store.client import ClaimOutcome
-
-        wait.is_claiming = False
+    def _claimed(self, wait: Wait, outcomes: Sequence[ClaimOutcome]) -> None:
+        """Of the blocks behind those found. What is granted is this request's to compute: at once, or when it has what comes before."""
         request = wait.request
         missing = self._reusable_keys(request)[wait.num_found :]
-        granted = [key for key, outcome in zip(missing, outcomes or (), strict=False) if outcome is ClaimOutcome.GRANTED]
+        granted = [key for key, outcome in zip(missing, outcomes, strict=False) if outcome is ClaimOutcome.GRANTED]
         if request.phase is Phase.FINISHED:
             self.claims.give_up(granted)
             return
         self.claims.hold(request, granted)
-        if self._waits.get(request) is wait:
-            wait.is_behind = (
-                outcomes is not None and outcomes[0] is not ClaimOutcome.GRANTED
-            )  # stored meanwhile: worth another look as well
-            if wait.phase is LoadPhase.CLAIMING:
-                self._go_on(wait, now_s)
+        wait.is_behind = bool(outcomes) and outcomes[0] is not ClaimOutcome.GRANTED  # stored meanwhile: worth another look as well
 
     def _go_on(self, wait: Wait, now_s: float) -> None:
-        """Reads what the pages lack of what was found, else waits for the claim or for another replica, else the wait is over."""
+        """Reads what the pages lack of what was found, else waits for another replica, else the wait is over."""
         keys = wait.request.keys[: wait.num_found]
         if self._blocks.match(keys) < len(keys):
             wait.phase = LoadPhase.FOUND
             self._stop_clock(wait, now_s)
-            return
-        if wait.is_claiming:
-            wait.phase = LoadPhase.CLAIMING
             return
         if not wait.is_behind:
             self._over(wait, now_s)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 class LoadPhase(enum.Enum):
     QUEUED = "queued"
     LOOKING = "looking"
-    CLAIMING = "claiming"
     FOUND = "found"
     LOADING = "loading"
     AWAITING = "awaiting"
@@ -31,7 +30,6 @@ class Wait:
     phase: LoadPhase = LoadPhase.QUEUED
     num_found: int = 0  # leading blocks that pages and store hold together
     pinned: tuple[int, Acquired] | None = None  # what the lookup has acquired, from that depth on; until it is read or given back
-    is_claiming: bool = False  # the blocks after those found
     is_behind: bool = False  # another replica is computing the first of them
     flight_ends_s: float = math.inf  # when it waits no longer for that replica; inf until it has to
     look_at_s: float = math.inf  # of AWAITING

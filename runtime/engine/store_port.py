@@ -42,6 +42,8 @@ class Lookup(NamedTuple):
     keys: list[BlockKey]
     max_pinned: int = 0  # leading blocks to acquire with the same question, of those that are in the arena
     ttl_s: float = 0.0  # of these
+    claim_ttl_s: float = 0.0  # of a claim on the blocks that are not found; 0: they are not claimed
+    min_claimed: int = 0  # fewer are not, unless nothing is found
 
 
 class Claim(NamedTuple):
@@ -353,8 +355,16 @@ async def _call(
     client: StoreClient, question: Question, rates: ReplicaRates
 ) -> Found | list[ClaimOutcome] | Acquired | Reserved | list[CommitOutcome] | int | PinReply:
     match question:
-        case Lookup(keys, max_pinned, ttl_s):
-            return await client.lookup(keys, rates.tokens_per_s, rates.copy_bytes_per_s, max_pinned=max_pinned, ttl_s=ttl_s)
+        case Lookup(keys, max_pinned, ttl_s, claim_ttl_s, min_claimed):
+            return await client.lookup(
+                keys,
+                rates.tokens_per_s,
+                rates.copy_bytes_per_s,
+                max_pinned=max_pinned,
+                ttl_s=ttl_s,
+                claim_ttl_s=claim_ttl_s,
+                min_claimed=min_claimed,
+            )
         case Claim(keys, ttl_s):
             return await client.claim(keys, ttl_s)
         case Acquire(keys, ttl_s):

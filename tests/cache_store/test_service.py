@@ -47,7 +47,7 @@ async def test_a_block_from_reserve_to_acquire(client: StoreClient, idle_child: 
     assert attached.slot_bytes == SLOT_BYTES
     assert os.stat(attached.arena_path).st_size == attached.arena_bytes
     keys = chain("a", 3)
-    assert (await client.lookup(keys)) == (0, [], 0, MissReason.COLD, None)
+    assert (await client.lookup(keys)) == (0, [], 0, MissReason.COLD, None, [])
     assert (await client.acquire(keys, 1.0)) == (0, [], [], None)
     reserved = await client.reserve(keys, parents_of(keys), 60.0, [True, False, False])
     assert [slot.outcome for slot in reserved.slots] == [ReserveOutcome.RESERVED] * 3
@@ -94,6 +94,18 @@ async def test_a_lookup_acquires_the_leading_blocks(client: StoreClient, idle_ch
     await asyncio.sleep(0.1)
     assert (await client.stat()).pinned_blocks == 0
     assert await client.check() == []
+
+
+async def test_a_lookup_claims_what_is_not_there(client: StoreClient, idle_child: Callable[[], Child]) -> None:
+    await client.attach(LAYOUT, [idle_child().identity], "engine")
+    keys = chain("a", 4)
+    assert (await client.lookup(keys, claim_ttl_s=60.0, min_claimed=9)).claims == [ClaimOutcome.GRANTED] * 4, "nothing of it is there"
+    await put(client, keys[:2])
+    for min_claimed, expected in ((3, 0), (2, 2)):
+        found = await client.lookup(keys, claim_ttl_s=60.0, min_claimed=min_claimed)
+        assert (found.num_blocks, len(found.claims)) == (2, expected)
+    found = await client.lookup(keys[:2], 1e12, 1.0, claim_ttl_s=60.0)
+    assert (found.num_cheaper_to_compute, found.claims) == (2, [])
 
 
 async def test_claims_and_outcomes_over_the_wire(client: StoreClient, idle_child: Callable[[], Child]) -> None:

@@ -170,11 +170,12 @@ class SimulatedStore:
 
     def _answer(self, question: Question) -> object:
         match question:
-            case Lookup(keys, max_pinned, ttl_s):
+            case Lookup(keys, max_pinned, ttl_s, claim_ttl_s, min_claimed):
                 num_blocks = self._num_leading(keys)
                 assert not max_pinned or ttl_s > 0
                 pinned = self._acquire(keys[: min(max_pinned, num_blocks)]) if max_pinned else None
-                return Found(num_blocks, [("dram", num_blocks)], pinned=pinned)
+                missing = keys[num_blocks:] if claim_ttl_s and (len(keys) - num_blocks >= min_claimed or not num_blocks) else []
+                return Found(num_blocks, [("dram", num_blocks)], pinned=pinned, claims=[self._claim(key, claim_ttl_s) for key in missing])
             case Claim(keys, ttl_s):
                 assert ttl_s > 0
                 assert keys

@@ -28,8 +28,8 @@ class LoadBench(Bench):
         self.loads = KvLoads(self.config, self.blocks, self.port, itertools.count(1), block_bytes=100, rates=self.rates)
         self.now_s = 10.0
         self.copies: list[BlockCopy] = []
-        self.claim_outcome: ClaimOutcome | None = ClaimOutcome.GRANTED  # None: claims stay open
-        self.claims: list[Claim] = []
+        self.claim_outcome = ClaimOutcome.GRANTED
+        self.claimed: list[list[BlockKey]] = []  # by lookups
 
     def arrive(self, name: str = "a", prompt: list[int] = PROMPT) -> LiveRequest:
         live = self.add(name, prompt)
@@ -40,12 +40,6 @@ class LoadBench(Bench):
     def advance(self) -> None:
         self.loads.advance(self.scheduler, self.now_s)
         self.copies += self.loads.take_copies()
-        while self.claim_outcome and (claims := [(ticket, each) for ticket, each in self.port.asked if isinstance(each, Claim)]):
-            for ticket, claim in claims:
-                self.port.asked.remove((ticket, claim))
-                self.claims.append(claim)
-                assert self.loads.answered(StoreAnswer(ticket, [self.claim_outcome] * len(claim.keys)), self.now_s)
-            self.loads.advance(self.scheduler, self.now_s)
 
     def answer(self, kind: type, reply: object) -> object:
         ticket, question = self.port.take(kind)
@@ -55,10 +49,20 @@ class LoadBench(Bench):
 
     def find(self, count: int, num_pinned: int = 0) -> list[BlockKey]:
         """`num_pinned` of them are acquired at once, under lease 4. -> the keys asked for"""
+        (question,) = [each for _, each in self.port.asked if isinstance(each, Lookup)][:1]
+        missing = question.keys[count:]
+        claims: list[ClaimOutcome] = []
+        if question.claim_ttl_s and (len(missing) >= question.min_claimed or not count):
+            claims = [self.claim_outcome] * len(missing)
+            self.claimed.append(missing)
         pinned = acquired(num_pinned, lease_id=4) if num_pinned else None
-        question = self.answer(Lookup, Found(count, [("dram", count)], pinned=pinned))
-        assert isinstance(question, Lookup)
+        self.answer(Lookup, Found(count, [("dram", count)], pinned=pinned, claims=claims))
         return question.keys
+
+    def given_up(self) -> list[set[BlockKey]]:
+        claims = [each for _, each in self.port.asked if isinstance(each, Claim)]
+        assert all(claim.ttl_s <= 0.001 for claim in claims)
+        return [set(claim.keys) for claim in claims]
 
     def grant(self, count: int, lease_id: int = 5, tier: str = "dram") -> object:
         return self.answer(Acquire, acquired(count, lease_id, tier))
@@ -171,7 +175,7 @@ def test_a_fast_replica_claims_no_few_tokens_behind_what_was_found() -> None:
     bench.rates.tokens_per_s = 1e9
     live = bench.arrive()
     bench.find(2)
-    assert bench.claims == []
+    assert bench.claimed == []
     bench.grant(2)
     bench.finish_copies()
     assert live.load_gate is LoadGate.OPEN
@@ -286,7 +290,8 @@ def test_pages_of_an_aborted_request_return_only_after_their_copies() -> None:
 def test_what_the_lookup_has_acquired_is_copied_while_the_next_is_acquired() -> None:
     bench = LoadBench(first_load_blocks=1)
     live = bench.arrive()
-    assert bench.port.asked[0][1] == Lookup(chain_keys(ROOT, PROMPT, BLOCK_SIZE), 1, bench.config.lease_ttl_s)
+    question = bench.port.asked[0][1]
+    assert question[:3] == (chain_keys(ROOT, PROMPT, BLOCK_SIZE), 1, bench.config.lease_ttl_s)
     bench.find(4, num_pinned=1)
     assert [copy.checksums for copy in bench.copies] == [b"sum0"]
     assert bench.loads.leases.num_slots == 1
@@ -640,7 +645,7 @@ def test_what_the_store_lacks_is_claimed_and_then_computed() -> None:
     bench.find(1)
     bench.grant(1)
     keys = chain_keys(ROOT, PROMPT, BLOCK_SIZE)
-    assert [claim.keys for claim in bench.claims] == [keys[1:]]
+    assert bench.claimed == [keys[1:]]
     bench.finish_copies()
     assert live.load_gate is LoadGate.OPEN
     assert bench.loads.claims.num_blocks == 3
@@ -648,22 +653,7 @@ def test_what_the_store_lacks_is_claimed_and_then_computed() -> None:
     assert bench.loads.claims.num_blocks == 0
 
 
-def test_blocks_are_read_while_others_are_claimed() -> None:
-    bench = LoadBench()
-    bench.claim_outcome = None
-    live = bench.arrive()
-    bench.find(1, num_pinned=1)
-    assert len(bench.copies) == 1
-    bench.finish_copies()
-    assert bench.loads.phases() == ["claiming"]
-    assert live.load_gate is LoadGate.WAIT
-    bench.claim_outcome = ClaimOutcome.GRANTED
-    bench.advance()
-    assert live.load_gate is LoadGate.OPEN
-    assert bench.loads.claims.num_blocks == 3
-
-
-def test_a_claim_that_fails_while_blocks_are_read_is_followed_once_they_are() -> None:
+def test_another_replica_is_waited_for_once_blocks_are_read() -> None:
     bench = LoadBench()
     bench.claim_outcome = ClaimOutcome.ELSEWHERE
     live = bench.arrive()
@@ -745,7 +735,7 @@ def test_single_flight_can_be_turned_off() -> None:
     bench = LoadBench(single_flight_timeout_s=0.0)
     live = bench.arrive()
     bench.find(0)
-    assert bench.claims == []
+    assert bench.claimed == []
     assert live.load_gate is LoadGate.OPEN
 
 
@@ -770,23 +760,17 @@ def test_claims_of_an_aborted_request_are_given_up_but_for_those_that_another_ne
         bench.loads.ended(request)
         bench.scheduler.remove(request)
         bench.advance()
-    given_up = [set(claim.keys) for claim in bench.claims[2:]]
-    assert given_up == [set(keys[2:]), set(second.keys)]
-    assert all(claim.ttl_s <= 0.001 for claim in bench.claims[2:])
+    assert bench.given_up() == [set(keys[2:]), set(second.keys)]
     assert bench.loads.claims.num_blocks == 0
 
 
 def test_a_claim_that_is_granted_too_late_is_given_up() -> None:
     bench = LoadBench()
-    bench.claim_outcome = None
     live = bench.arrive()
-    bench.find(0)
     bench.loads.ended(live)
     bench.scheduler.remove(live)
-    bench.claim_outcome = ClaimOutcome.GRANTED
-    bench.advance()
-    bench.advance()
-    assert [claim.ttl_s <= 0.001 for claim in bench.claims] == [False, True]
+    bench.find(0)
+    assert bench.given_up() == [set(live.keys)]
 
 
 def test_a_lost_store_forgets_claims() -> None:
@@ -809,7 +793,7 @@ def test_what_is_cheaper_to_compute_is_neither_claimed_nor_waited_for() -> None:
     bench = LoadBench()
     live = bench.arrive()
     bench.answer(Lookup, Found(1, [("dram", 1)], 2, MissReason.CHEAPER_TO_COMPUTE))
-    assert bench.claims == []
+    assert bench.loads.claims.num_blocks == 0
     bench.grant(1)
     bench.finish_copies()
     bench.plan()
