@@ -28,6 +28,7 @@ from workers.models.config import ModelConfig, load_model_config
 from workers.parallel import Communicator
 from workers.sampler import all_logprobs, best_logprobs, draw, penalise
 from workers.step import ALL_LOGPROBS, RowResult, StepPlan
+from workers.warm_up import first_plans
 from workers.weights import Progress
 
 _MAX_PAGES = 1 << 20  # the engine keeps a record per page
@@ -93,6 +94,12 @@ class Runner:
                 max_piece_tokens = min(max_num_batched_tokens, _MAX_PIECE_TOKENS)
                 self._pieces = PieceGraphs(self._model, self._backend, max_piece_tokens, device, progress)
                 self._graphs = DecodeGraphs(self._model, self._backend, self._batch, config.max_num_seqs, progress)
+        if self.is_asynchronous:
+            plans = list(first_plans(config.max_num_seqs, max_num_batched_tokens, self.max_model_len, self.layout.block_size))
+            for number, plan in enumerate(plans):
+                progress("first steps", number, len(plans))
+                self.execute(plan)
+            progress("first steps", len(plans), len(plans))
         digest_input = model_config.block_digest_input()
         self.info_fields: dict[str, Any] = {  # of GroupInfo, all but pids
             "num_pages": num_pages,

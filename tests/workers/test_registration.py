@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from workers.kv import registration
@@ -51,7 +52,6 @@ class Driver:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "PAUSE_S", 0.001)
     monkeypatch.setattr(registration, "GROWTH_PAUSE_S", 0.001)
 
 
@@ -174,12 +174,11 @@ def test_a_copy_that_outlives_its_mapping_keeps_the_registration(path: Path) -> 
 
 def test_pieces_never_cross_a_registration() -> None:
     draw = random.Random(2)
-    assert pieces_of(5, 9) == [(5, 9)]
-    assert pieces_of(REGISTER_BYTES, REGISTER_BYTES + 1) == [(REGISTER_BYTES, REGISTER_BYTES + 1)]
-    for _ in range(200):
-        start = draw.randrange(3 * REGISTER_BYTES)
-        stop = start + draw.randrange(1, 2 * REGISTER_BYTES)
-        pieces = pieces_of(start, stop)
-        assert [pieces[0][0], pieces[-1][1]] == [start, stop]
-        assert all(left[1] == right[0] for left, right in itertools.pairwise(pieces))
-        assert all(first // REGISTER_BYTES == (last - 1) // REGISTER_BYTES for first, last in pieces)
+    for num_bytes in (1, 4096, REGISTER_BYTES - 1, REGISTER_BYTES, 2 * REGISTER_BYTES + 5):
+        starts = np.array([0, REGISTER_BYTES, *(draw.randrange(3 * REGISTER_BYTES) for _ in range(40))])
+        begins, sizes, owners = (column.tolist() for column in pieces_of(starts, num_bytes))
+        assert all(begin // REGISTER_BYTES == (begin + size - 1) // REGISTER_BYTES for begin, size in zip(begins, sizes, strict=True))
+        for owner, start in enumerate(starts.tolist()):
+            mine = [(begin, begin + size) for begin, size, of in zip(begins, sizes, owners, strict=True) if of == owner]
+            assert [mine[0][0], mine[-1][1]] == [start, start + num_bytes]
+            assert all(left[1] == right[0] for left, right in itertools.pairwise(mine))

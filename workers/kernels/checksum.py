@@ -35,7 +35,7 @@ def _add(acc, word, neighbour, key):
     return acc + neighbour + (mixed & 0xFFFFFFFF) * (mixed >> 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _accumulate(words_ptr, starts_ptr, keys_ptr, out_ptr, num_parts, num_blocks, num_stripes, last_word, PARTS: tl.constexpr):
     part = tl.program_id(0) * PARTS + tl.arange(0, PARTS)
     inside = (part < num_parts)[:, None]

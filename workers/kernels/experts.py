@@ -139,7 +139,7 @@ def choose_experts(
     return experts_TK, weights_TK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _group(experts_ptr, order_ptr, starts_ptr, num_pairs, BLOCK: tl.constexpr):
     mine = tl.program_id(0)
     lower = 0

@@ -19,7 +19,7 @@ _WIDE_OUTPUTS = 4096
 _NUM_WARPS, _NUM_STAGES = 4, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # or odd numbers would be built while requests wait
 def _linear(
     x_ptr, weight_ptr, bias_ptr, out_ptr, num_tokens, num_inputs, num_outputs, x_stride,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,

@@ -13,7 +13,7 @@ import triton.language as tl
 _HEADS = 8  # of one program
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pages_ptr", "offsets_ptr"])  # slices of one buffer
 def _rotate_and_write_gqa(
     qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, pool_ptr, pages_ptr, offsets_ptr,
     qkv_stride, page_stride, head_stride, layer_offset, value_offset, num_heads, num_kv_heads, eps,
@@ -72,7 +72,7 @@ def rotate_and_write_gqa(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pages_ptr"])
 def _gather_gqa(
     pool_ptr, pages_ptr, starts_ptr, keys_ptr, values_ptr, page_stride, head_stride, layer_offset, value_offset, token_stride,
     block_size, BLOCK: tl.constexpr, D: tl.constexpr,
@@ -129,7 +129,7 @@ def join_keys(nope_SND: torch.Tensor, rope_SR: torch.Tensor) -> torch.Tensor:
     return keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pages_ptr", "offsets_ptr"])
 def _rotate_and_write_mla(
     q_ptr, latent_ptr, cos_ptr, sin_ptr, weight_ptr, pool_ptr, pages_ptr, offsets_ptr,
     q_stride, q_head_stride, latent_stride, page_stride, layer_offset, num_heads, nope_dim, eps,

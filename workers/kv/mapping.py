@@ -58,13 +58,14 @@ class ArenaMapping:
         """Touching a mapped page beyond the end of its file is a bus error, so the length is asked before every copy."""
         return os.fstat(self._fd).st_size >= self.spec.total_bytes
 
-    def generation(self, offset: int) -> int:
-        return int(self.words[offset // GRANULE_BYTES])
+    def generations(self, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        return self.words[offsets // GRANULE_BYTES]
 
-    def holds(self, offset: int, num_bytes: int) -> bool:
-        """Whether a slot of `num_bytes` can lie at `offset`."""
-        aligned = offset >= 0 and offset % GRANULE_BYTES == 0
-        return aligned and offset + num_bytes <= len(self.data) and offset // GRANULE_BYTES < len(self.words)
+    def holds(self, offsets: npt.NDArray[np.int64], num_bytes: int) -> npt.NDArray[np.bool_]:
+        """At which of them a slot of `num_bytes` can lie."""
+        aligned = (offsets >= 0) & (offsets % GRANULE_BYTES == 0)
+        within: npt.NDArray[np.bool_] = (offsets + num_bytes <= len(self.data)) & (offsets // GRANULE_BYTES < len(self.words))
+        return aligned & within
 
     def use(self) -> ArenaMapping:
         with self._lock:

@@ -1,23 +1,31 @@
 """Arena memory that CUDA knows: only from and to such memory is a copy a DMA.
 
-Registering pins pages, and while the driver does it no kernel is launched (about 0.1 ms per MiB). So it goes in pieces: ahead of the first
-copy on a thread that pauses between them, and at once where a copy comes earlier. Pieces that the store has not allocated yet wait until
-it has, since pinning them would allocate them.
+Registering pins pages, and while the driver does it no kernel is launched (0.1 ms per MiB, and more where pages are not mapped yet: so they
+are mapped before). It goes in pieces: ahead of the first copy on a thread that pauses between them, and at once where a copy comes earlier.
+Pieces that the store has not allocated yet wait until it has, since pinning them would allocate them.
 """
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 import logging
 import threading
+import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 log = logging.getLogger(__name__)
 
+
 REGISTER_BYTES = 16 << 20  # a piece
-PAUSE_S = 0.03  # between two pieces: a step is disturbed by few of them
+PAUSE_FACTOR = 4  # times what a piece took, before the next
 GROWTH_PAUSE_S = 0.5  # between two looks for pieces that the store has allocated
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 class HostMemory(Protocol):
@@ -35,8 +43,11 @@ class CudaHostMemory:
         import torch
 
         self._torch, self._device = torch, device
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
     def register(self, address: int, num_bytes: int) -> str:
+        self._libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE)  # no more than a help: an old kernel refuses
         with self._torch.cuda.device(self._device):  # type: ignore[no-untyped-call]  # or this thread would wake another card
             error = self._torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
         return "" if int(error) == 0 else str(error)
@@ -67,15 +78,17 @@ class Registration:
 
     def go_ahead(self, allocated_bytes: Callable[[], int], stopping: threading.Event) -> None:
         """Registers one piece after the other as far as they are allocated; returns after the last one, or soon after `stopping` is set."""
+        pause_s = 0.0
         for index in range(-(-self._num_bytes // REGISTER_BYTES)):
             if index in self._pieces:
                 continue
-            pause_s = PAUSE_S
             while not stopping.wait(pause_s) and allocated_bytes() < min((index + 1) * REGISTER_BYTES, self._num_bytes):
                 pause_s = GROWTH_PAUSE_S
             if stopping.is_set():
                 return
+            began_s = time.monotonic()
             self._register(index)
+            pause_s = PAUSE_FACTOR * (time.monotonic() - began_s)
 
     def _register(self, index: int) -> None:
         with self._lock:
@@ -95,7 +108,15 @@ class Registration:
         self._pieces.clear()
 
 
-def pieces_of(start: int, stop: int) -> list[tuple[int, int]]:
-    """[start, stop) cut at multiples of REGISTER_BYTES: one DMA may not span two registrations."""
-    cuts = [start, *range((start // REGISTER_BYTES + 1) * REGISTER_BYTES, stop, REGISTER_BYTES), stop]
-    return list(itertools.pairwise(cuts))
+def pieces_of(starts: npt.NDArray[np.int64], num_bytes: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`num_bytes` from each start on, cut at multiples of REGISTER_BYTES: one DMA may not span two registrations. Starts and sizes of the
+    pieces, and which of the given starts each is of."""
+    first, last = starts // REGISTER_BYTES, (starts + num_bytes - 1) // REGISTER_BYTES
+    if (first == last).all():
+        return starts, np.full(len(starts), num_bytes, np.int64), np.arange(len(starts))
+    counts = last - first + 1
+    owners = np.repeat(np.arange(len(starts)), counts)
+    nth = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+    cuts = (first[owners] + nth) * REGISTER_BYTES
+    begins = np.maximum(starts[owners], cuts)
+    return begins, np.minimum(starts[owners] + num_bytes, cuts + REGISTER_BYTES) - begins, owners

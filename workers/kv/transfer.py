@@ -139,17 +139,19 @@ class CudaMover:
         stream = self._stream.cuda_stream
         if self._is_save:
             self._start_hashes(copies, span)
-        for copy in copies:
-            if not 0 <= copy.page < self._pool.num_pages:
-                raise IndexError(f"there is no page {copy.page}")
-            first = copy.offset + span.slot_start
+        pages = np.array([copy.page for copy in copies], np.int64)
+        if (pages < 0).any() or (pages >= self._pool.num_pages).any():
+            raise IndexError(f"there is no page {pages.min()} or {pages.max()}")
+        slots = np.array([copy.offset for copy in copies], np.int64) + span.slot_start
+        for first in slots.tolist():
             mapping.register(first, first + span.num_bytes)
-            shift = self._address + copy.page * self._page_bytes + span.page_start - first
-            for start, stop in pieces_of(first, first + span.num_bytes):
-                if self._is_save:
-                    self._dma.to_host(mapping.address + start, shift + start, stop - start, stream)
-                else:
-                    self._dma.to_device(shift + start, mapping.address + start, stop - start, stream)
+        shifts = self._address + pages * self._page_bytes + span.page_start - slots
+        starts, sizes, owners = pieces_of(slots, span.num_bytes)
+        host, device = mapping.address + starts, shifts[owners] + starts
+        if self._is_save:
+            self._dma.copy(host, device, sizes, stream, to_host=True)
+        else:
+            self._dma.copy(device, host, sizes, stream, to_host=False)
         if not self._is_save:
             self._start_hashes(copies, span)
 
@@ -164,8 +166,8 @@ class CudaMover:
         self._stream.synchronize()
         if self._hasher is None:
             return [_hash_slot(copy, mapping, span) for copy in copies]
-        rows = self._hasher.finish(len(copies) * span.num_parts).reshape(len(copies), -1)
-        return [row.astype("<u8").tobytes() for row in rows]
+        data, width = self._hasher.finish(len(copies) * span.num_parts).astype("<u8").tobytes(), _CHECKSUM_BYTES * span.num_parts
+        return [data[start : start + width] for start in range(0, len(data), width)]
 
 
 class PageCopier:
@@ -298,13 +300,9 @@ class PageCopier:
     def _run(self, batch: _Batch, mover: Mover, lane: _Lane) -> list[CopyResult]:
         if batch.event is not None:
             batch.event.synchronize()  # here and not on the stream: the deadline counts when a slot would be touched
-        results = []
-        started = []
-        for copy in batch.copies:
-            if reason := self._why_not(copy, batch.mapping):
-                results.append(_failed(copy, reason))
-            else:
-                started.append(copy)
+        reasons = self._why_not(batch.copies, batch.mapping)
+        results = [_failed(copy, reason) for copy, reason in zip(batch.copies, reasons, strict=True) if reason]
+        started = [copy for copy, reason in zip(batch.copies, reasons, strict=True) if not reason]
         if not started:
             return results
         assert batch.mapping
@@ -312,28 +310,35 @@ class PageCopier:
         if lane.span.num_parts:
             mover.start(started, batch.mapping, lane.span)
             hashes = mover.finish(started, batch.mapping, lane.span)
-        for copy, column in zip(started, hashes, strict=True):
-            results.append(self._judge(copy, batch.mapping, lane, column))
+        return results + self._judge(started, batch.mapping, lane, hashes)
+
+    def _why_not(self, copies: list[BlockCopy], mapping: ArenaMapping | None) -> list[str]:
+        """Why each copy cannot start; empty when it can."""
+        now_s = time.monotonic()
+        if mapping is None or not mapping.is_whole():
+            return ["deadline" if now_s > copy.deadline_s else "arena" for copy in copies]
+        offsets = np.array([copy.offset for copy in copies], np.int64)
+        is_inside = mapping.holds(offsets, self._store.block_bytes)
+        generations = mapping.generations(np.where(is_inside, offsets, 0))
+        return [
+            "deadline" if now_s > copy.deadline_s else "arena" if not inside else "" if generation == copy.generation else "generation"
+            for copy, inside, generation in zip(copies, is_inside.tolist(), generations.tolist(), strict=True)
+        ]
+
+    def _judge(self, copies: list[BlockCopy], mapping: ArenaMapping, lane: _Lane, hashes: list[bytes]) -> list[CopyResult]:
+        """Last of all the generation words: the same as before means that copy and hash saw one block's bytes."""
+        generations = mapping.generations(np.array([copy.offset for copy in copies], np.int64)).tolist()
+        first, results = lane.span.first_part * _CHECKSUM_BYTES, []
+        for copy, generation, column in zip(copies, generations, hashes, strict=True):
+            if generation != copy.generation:
+                results.append(_failed(copy, "generation"))
+            elif lane.is_save:
+                results.append(CopyResult(copy.copy_id, True, column))
+            elif copy.checksums[first : first + len(column)] != column:
+                results.append(_failed(copy, "checksum"))
+            else:
+                results.append(CopyResult(copy.copy_id, True, b""))
         return results
-
-    def _why_not(self, copy: BlockCopy, mapping: ArenaMapping | None) -> str:
-        """Why a copy cannot start; empty when it can."""
-        if time.monotonic() > copy.deadline_s:
-            return "deadline"
-        if mapping is None or not mapping.holds(copy.offset, self._store.block_bytes) or not mapping.is_whole():
-            return "arena"
-        return "" if mapping.generation(copy.offset) == copy.generation else "generation"
-
-    def _judge(self, copy: BlockCopy, mapping: ArenaMapping, lane: _Lane, hashes: bytes) -> CopyResult:
-        """Last of all the generation word: the same as before means that copy and hash saw one block's bytes."""
-        if mapping.generation(copy.offset) != copy.generation:
-            return _failed(copy, "generation")
-        if lane.is_save:
-            return CopyResult(copy.copy_id, True, hashes)
-        first = lane.span.first_part * _CHECKSUM_BYTES
-        if copy.checksums[first : first + len(hashes)] != hashes:
-            return _failed(copy, "checksum")
-        return CopyResult(copy.copy_id, True, b"")
 
 
 class _Lane:
