@@ -95,7 +95,8 @@ class Runner:
                 self._pieces = PieceGraphs(self._model, self._backend, max_piece_tokens, device, progress)
                 self._graphs = DecodeGraphs(self._model, self._backend, self._batch, config.max_num_seqs, progress)
         if self.is_asynchronous:
-            plans = list(first_plans(config.max_num_seqs, max_num_batched_tokens, self.max_model_len, self.layout.block_size))
+            limits = config.max_num_seqs, max_num_batched_tokens, self.max_model_len
+            plans = list(first_plans(*limits, self.layout.block_size, _MAX_PIECE_TOKENS + 1))
             for number, plan in enumerate(plans):
                 progress("first steps", number, len(plans))
                 self.execute(plan)

@@ -14,13 +14,13 @@ DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 
 
 @pytest.mark.parametrize("model", ["gqa", "mla"])
-@pytest.mark.parametrize(("max_num_seqs", "max_tokens", "max_model_len"), [(8, 4096, 3000), (2, 64, 128), (1, 1, 64)])
+@pytest.mark.parametrize(("max_num_seqs", "max_tokens", "max_model_len"), [(8, 4096, 3000), (2, 64, 128), (8, 2, 64), (1, 1, 64)])
 def test_they_leave_nothing_behind(model: str, max_num_seqs: int, max_tokens: int, max_model_len: int) -> None:
     config = WorkerConfig(
         str(DEMO / model), device="cpu", max_num_seqs=max_num_seqs, max_num_batched_tokens=max_tokens, max_model_len=max_model_len
     )
     runner = Runner(config, Communicator.single("cpu"), lambda *_: None)
-    plans = list(first_plans(max_num_seqs, max_tokens, max_model_len, runner.layout.block_size))
+    plans = list(first_plans(max_num_seqs, max_tokens, max_model_len, runner.layout.block_size, 2560))
     for plan in plans:
         assert sum(row.num_query_tokens for row in plan.rows) <= max_tokens
         assert all(page == NULL_PAGE for row in plan.rows_in for page in row.pages)

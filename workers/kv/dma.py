@@ -1,6 +1,6 @@
 """Copies between host and device memory by the CUDA driver itself: a call costs a microsecond or two, where a tensor's costs thirty.
 
-Where the driver takes a batch in one call (CUDA 12.8), it gets one: between two calls another thread may hold the interpreter's lock for
+Where the driver takes a batch in one call (CUDA 13), it gets one: between two calls another thread may hold the interpreter's lock for
 milliseconds.
 """
 
