@@ -230,6 +230,10 @@ class Child:
         assert self.process.stdin
         self.process.stdin.write(line.encode() + b"\n")
 
+    def has_spoken(self) -> bool:
+        """Whether a line waits to be heard."""
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
+
     def hear(self, timeout_s: float = 30.0) -> str:
         """The child's next line."""
         assert self.process.stdout
