@@ -211,7 +211,7 @@ class Engine:
     def _plan(self) -> Launched | None:
         if len(self._launched) >= self.config.pipeline_depth:
             return None
-        launched = self.scheduler.plan(self.loads.take_copies(), self.offers.take_copies())
+        launched = self.scheduler.plan(self.loads.jobs.take_copies(), self.offers.take_copies())
         if launched is not None:
             now_s = self._clock()
             self._rates.copies_sent(len(launched.plan.loads), now_s)
@@ -233,7 +233,7 @@ class Engine:
     def _apply(self, answer: StepResult | CopyResult) -> None:
         now_s = self._clock()
         if isinstance(answer, CopyResult):
-            if self.loads.copied(answer, now_s):
+            if self.loads.jobs.copied(answer, now_s):
                 self._rates.copy_done(self.info.layout.block_bytes if answer.ok else 0, now_s)
             else:
                 self.offers.copied(answer)
@@ -349,7 +349,7 @@ class Engine:
         """The ranks still copy for leases that end with the port: waits for them, within a bound."""
         self._lose_store(self._clock())
         limit_s = self._clock() + self.config.stop_timeout_s
-        while (self._launched or self.loads.num_open_copies or self.offers.num_open_copies) and self._clock() < limit_s:
+        while (self._launched or self.loads.jobs.num_open_copies or self.offers.num_open_copies) and self._clock() < limit_s:
             for answer in self._group.poll(0.1):
                 self._apply(answer)
         self._tell()

@@ -1,6 +1,6 @@
 """Blocks from the store into pages, for requests that wait for admission.
 
-One wait per request, one job per read:
+One wait per request; one job per read, see `load_jobs`:
 
     QUEUED --near the head of the queue--> LOOKING --store has some--> FOUND --rows and pages to spare--> LOADING
                                             ^  |                        ^                                  |
@@ -15,12 +15,9 @@ Single flight: the lookup also claims the blocks that the store lacks. Where ano
 looks again and again until the block is stored, the claim has ended (that replica died or gave up), or the time is up. Requests wait for
 claims on blocks nearer to the root only, so that no two can wait for each other.
 
-A job has its pages from the start and reads piece by piece, each acquired while the one before is copied; the first is acquired with the
-lookup. Blocks are published, and held for the request, as their copies are answered: when the last one is, little is left to do.
-
-When a wait is over the request is admissible, with whatever prefix the pages hold by then: a store that fails is a miss. A job outlives
-its request: its pages and its leases return only when every copy is answered. No two jobs read the same block; whoever needs a block that
-is being read, or computed by a running row, stays in FOUND until it is there.
+The lookup also acquires a job's first blocks. When a wait is over the request is admissible, with whatever prefix the pages hold by then:
+a store that fails is a miss. Whoever needs a block that is being read for another, or computed by a running row, stays in FOUND until it is
+there.
 """
 
 from __future__ import annotations
@@ -32,19 +29,19 @@ from typing import TYPE_CHECKING
 
 from cache_store.keys import BlockKey
 from cache_store.outcomes import ClaimOutcome
-from runtime.engine.block_manager import BlockManager, Published
+from runtime.engine.block_manager import BlockManager
 from runtime.engine.claims import FlightClaims
 from runtime.engine.config import EngineConfig
 from runtime.engine.leases import Leases
 from runtime.engine.live import LiveRequest, LoadGate, Phase, StoreVerdict
-from runtime.engine.load_state import Job, LoadPhase, Piece, Wait
+from runtime.engine.load_jobs import LoadJobs
+from runtime.engine.load_state import Job, LoadPhase, Wait
 from runtime.engine.rates import MIN_TOKENS, ReplicaRates
 from runtime.engine.scheduler import Scheduler
-from runtime.engine.store_port import Acquire, Lookup, StoreAnswer, StorePort, StoreState
-from workers.step import BlockCopy, CopyResult
+from runtime.engine.store_port import Lookup, StoreAnswer, StorePort, StoreState
 
 if TYPE_CHECKING:
-    from cache_store.client import Acquired, Found
+    from cache_store.client import Found
 
 
 class KvLoads:
@@ -63,26 +60,15 @@ class KvLoads:
         self.leases = Leases(port)
         self.claims = FlightClaims(port)
         self.num_awaited = 0  # blocks that came from the store because a request waited for another replica
-        self.num_failed = 0  # copies that did not deliver
-        self._config, self._blocks, self._port, self._copy_ids = config, blocks, port, copy_ids
-        self._block_bytes = block_bytes
-        self._rates = rates
+        self.jobs = LoadJobs(config, blocks, port, copy_ids, block_bytes, self.leases, self._read_ended)
+        self._config, self._blocks, self._port, self._rates = config, blocks, port, rates
         self._waits: dict[LiveRequest, Wait] = {}
         self._lookups: dict[int, Wait] = {}
-        self._acquires: dict[int, Job] = {}
-        self._copies: list[BlockCopy] = []  # for the next plan
-        self._open: dict[int, tuple[Piece, int]] = {}  # copy -> its piece and position in the job
-        self._jobs: set[Job] = set()
-        self._loading: set[BlockKey] = set()  # by these
         self._next_expiry_s = math.inf
 
     @property
     def next_deadline_s(self) -> float:
         return self._next_expiry_s if self._waits else math.inf
-
-    @property
-    def num_open_copies(self) -> int:
-        return len(self._open)
 
     def phases(self) -> list[str]:
         """Of the requests that wait, in no order; for people and tests, from any thread."""
@@ -137,45 +123,15 @@ class KvLoads:
         if wait:
             self._looked(wait, answer.reply, now_s)  # type: ignore[arg-type]  # the reply to Lookup
             return True
-        job = self._acquires.pop(answer.ticket, None)
-        if job:
-            self._acquired(job, answer.reply, now_s)  # type: ignore[arg-type]  # the reply to Acquire
-            return True
-        return False
-
-    def take_copies(self) -> list[BlockCopy]:
-        copies, self._copies = self._copies, []
-        return copies
-
-    def copied(self, result: CopyResult, now_s: float) -> bool:
-        """Takes the result of a copy that was asked for here."""
-        opened = self._open.pop(result.copy_id, None)
-        if opened is None:
-            return False
-        piece, position = opened
-        job = piece.job
-        job.good[position] = result.ok
-        if not result.ok:
-            self.num_failed += 1
-            job.is_cut = job.is_failed = True
-        elif position == job.num_published:
-            self._publish(job)
-        piece.num_open -= 1
-        if not piece.num_open:
-            self.leases.release(piece.lease_id)
-            job.num_open -= 1
-            self._proceed(job, now_s)
-        return True
+        return self.jobs.answered(answer, now_s)
 
     def lost(self, now_s: float) -> None:
         """The store is gone: no request waits for it. Copies already sent are answered by the ranks all the same."""
         for wait in list(self._waits.values()):
             self._over(wait, now_s, store_failed=True)
-        unsent, self._copies = self._copies, []
         self.leases.lost()
         self.claims.lost()
-        for copy in unsent:
-            self.copied(CopyResult(copy.copy_id, False, b"", "store lost"), now_s)
+        self.jobs.drop_unsent(now_s)
 
     def _reusable_keys(self, request: LiveRequest) -> list[BlockKey]:
         size = self._blocks.block_size
@@ -196,7 +152,7 @@ class KvLoads:
             self._over(wait, now_s)
             return
         wanted = keys[num_hits:]
-        if wanted[0] in self._loading or self._blocks.is_announced(wanted[0]):
+        if self.jobs.is_reading(wanted[0]) or self._blocks.is_announced(wanted[0]):
             max_pinned = 0
         claim_ttl_s = 2 * self._config.single_flight_limit_s(len(wanted) * self._blocks.block_size)
         lease_ttl_s = self._config.lease_ttl_s if max_pinned else 0.0
@@ -279,131 +235,37 @@ class KvLoads:
 
     def _read(self, wait: Wait, scheduler: Scheduler, now_s: float) -> None:
         """Reads what a request still lacks, if it could be admitted with it and nobody else is fetching it."""
-        job = self._begin(wait, scheduler, now_s)
-        if job and wait.pinned and wait.pinned[0] == job.first:
-            (_, acquired), wait.pinned = wait.pinned, None
-            job.num_asked = min(len(job.keys), len(acquired.slots))
-            self._acquired(job, acquired, now_s)
-            return
-        self._let_go(wait)
-        if job:
-            self._proceed(job, now_s)
-
-    def _begin(self, wait: Wait, scheduler: Scheduler, now_s: float) -> Job | None:
-        """A job and its pages."""
         blocks, request = self._blocks, wait.request
         keys = request.keys[: wait.num_found]
         num_hits = blocks.match(keys)
+        wanted = self._readable(wait, keys, num_hits, scheduler, now_s)
+        pinned = None
+        if wanted and wait.pinned and wait.pinned[0] == num_hits:
+            (_, pinned), wait.pinned = wait.pinned, None
+        self._let_go(wait)
+        if wanted:
+            request.held_pages.extend(blocks.pin_published(keys[len(request.held_pages) : num_hits]))
+            parent = keys[num_hits - 1] if num_hits else request.root
+            self.jobs.begin(wait, num_hits, wanted, parent, pinned, now_s)
+
+    def _readable(self, wait: Wait, keys: list[BlockKey], num_hits: int, scheduler: Scheduler, now_s: float) -> list[BlockKey]:
+        """The blocks behind `num_hits` that can be read now: there is room for the prompt, and nobody else brings them."""
+        blocks, request = self._blocks, wait.request
         if num_hits >= len(keys):
             self._go_on(wait, now_s)
-            return None
-        held = request.held_pages
+            return []
         needed = -(-len(request.tokens) // blocks.block_size) - num_hits + len(scheduler.running)
-        while blocks.num_available - blocks.num_idle(keys[len(held) : num_hits]) < needed:
+        while blocks.num_available - blocks.num_idle(keys[len(request.held_pages) : num_hits]) < needed:
             if not scheduler.drop_held_pages(behind=request):
                 request.load_gate = LoadGate.NO_ROOM
-                return None
+                return []
         request.load_gate = LoadGate.WAIT
         if wait.begun_s == math.inf:
             self._start_clock(wait, now_s)
-        count = min(len(keys) - num_hits, self._config.max_loading_blocks - len(self._loading))
-        if keys[num_hits] in self._loading or blocks.is_announced(keys[num_hits]) or count < 1:
-            return None
-        wanted = list(itertools.takewhile(lambda key: key not in self._loading, keys[num_hits : num_hits + count]))
-        held.extend(blocks.pin_published(keys[len(held) : num_hits]))
-        parents = [keys[num_hits - 1] if num_hits else request.root, *wanted[:-1]]
-        job = Job(wait, num_hits, wanted, parents, blocks.allocate(len(wanted)))
-        self._jobs.add(job)
-        self._loading.update(wanted)
-        wait.phase = LoadPhase.LOADING
-        return job
+        return [] if blocks.is_announced(keys[num_hits]) else self.jobs.free(keys[num_hits:])
 
-    def _proceed(self, job: Job, now_s: float) -> None:
-        """Acquires the next piece, twice as large as the one before; where there is none, the job is over with its last copy."""
-        start = len(job.good)
-        if not (job.is_acquiring or job.is_cut) and job.wait is not None and start < len(job.keys):
-            job.num_asked = min(len(job.keys), 2 * start + self._config.first_load_blocks)
-            ticket = self._port.ask(Acquire(job.keys[start : job.num_asked], self._config.lease_ttl_s))
-            if ticket is None:
-                job.is_cut = job.is_failed = True
-            else:
-                job.is_acquiring = True
-                self._acquires[ticket] = job
-        if not (job.is_acquiring or job.num_open):
-            self._finish(job, now_s)
-
-    def _acquired(self, job: Job, acquired: Acquired | None, now_s: float) -> None:
-        """Slots are pinned: copies for the next plan."""
-        job.is_acquiring = False
-        if acquired is None:
-            job.is_cut = job.is_failed = True
-        else:
-            if acquired.lease_id:
-                self.leases.add(acquired.lease_id, len(acquired.slots))
-            piece = Piece(job, acquired.lease_id)
-            if job.wait is not None and not job.is_cut:
-                self._copy(piece, acquired, now_s)
-            if piece.num_open:
-                job.num_open += 1
-            else:
-                self.leases.release(piece.lease_id)
-            self._publish(job)
-        self._proceed(job, now_s)
-
-    def _copy(self, piece: Piece, acquired: Acquired, now_s: float) -> None:
-        blocks, job = self._blocks, piece.job
-        deadline_s = now_s + self._config.copy_timeout_s
-        start = len(job.good)
-        tiers = [tier for tier, count in acquired.tier_runs for _ in range(count)]
-        found = zip(job.keys[start : job.num_asked], acquired.slots, tiers, strict=False)
-        for position, (key, slot, tier) in enumerate(found, start):
-            page = blocks.page_of(key)
-            if page is None:
-                copy_id = next(self._copy_ids)
-                self._copies.append(BlockCopy(copy_id, job.pages[position], slot.offset, slot.generation, deadline_s, slot.checksums))
-                self._open[copy_id] = (piece, position)
-            else:
-                self._use_instead(job, position, page)
-            job.good.append(page is not None)
-            job.tiers.append(tier if page is None else "")
-        piece.num_open = len(job.good) - start - sum(job.good[start:])
-        job.is_cut = len(job.good) < job.num_asked  # blocks were evicted since they were found, or a tier is slow or full
-        job.is_failed |= acquired.shortfall in ("late", "no_space")
-
-    def _publish(self, job: Job) -> None:
-        """The good leading blocks are there for everybody, and the request holds them."""
-        blocks, wait = self._blocks, job.wait
-        for position in range(job.num_published, len(job.good)):
-            if not job.good[position]:
-                return
-            key, tier, depth = job.keys[position], job.tiers[position], job.first + position
-            if tier and not blocks.publish(job.pages[position], Published(key, job.parents[position], depth), from_store=True):
-                page = blocks.page_of(key)
-                assert page is not None
-                self._use_instead(job, position, page)
-            job.num_published += 1
-            if wait is None:
-                continue
-            if tier:
-                wait.request.load_tiers[depth] = tier
-                wait.request.bytes_loaded += self._block_bytes
-            if job.num_handed == position and len(wait.request.held_pages) == depth:  # else others have needed the pages more
-                wait.request.held_pages.append(job.pages[position])
-                job.num_handed += 1
-
-    def _use_instead(self, job: Job, position: int, page: int) -> None:
-        """A row has computed the block meanwhile, into `page`."""
-        self._blocks.pin(page)
-        self._blocks.unpin([job.pages[position]])
-        job.pages[position] = page
-
-    def _finish(self, job: Job, now_s: float) -> None:
-        """Every copy is answered: the request goes on."""
-        self._jobs.remove(job)
-        self._loading.difference_update(job.keys)
-        self._blocks.unpin(job.pages[job.num_handed :])
-        if job.wait is None:
-            return
+    def _read_ended(self, job: Job, now_s: float) -> None:
+        assert job.wait
         if job.num_published == len(job.keys):
             job.wait.phase = LoadPhase.FOUND  # perhaps there is more
         else:
@@ -416,9 +278,7 @@ class KvLoads:
         wait.request.load_gate = LoadGate.OPEN
         self._stop_clock(wait, now_s)
         self._let_go(wait)
-        for job in self._jobs:
-            if job.wait is wait:
-                job.wait = None
+        self.jobs.forsake(wait)
 
     def _let_go(self, wait: Wait) -> None:
         """What the lookup has acquired is not read."""
@@ -442,20 +302,6 @@ class KvLoads:
 
     def check(self) -> list[str]:
         """Every violated invariant, in words; empty when all is well."""
-        problems = []
-        if sum(len(job.keys) for job in self._jobs) != len(self._loading):
-            problems.append(f"{len(self._loading)} blocks are marked as being read, but jobs have others")
-        pieces = {piece for piece, _ in self._open.values()}
-        if sum(piece.num_open for piece in pieces) != len(self._open):
-            problems.append(f"{len(self._open)} copies are open, but pieces count others")
-        for job in self._jobs:
-            if job.num_open != sum(piece.job is job for piece in pieces) or job.is_acquiring != (job in self._acquires.values()):
-                problems.append(
-                    f"a job has {job.num_open} open pieces and is {'' if job.is_acquiring else 'not '}acquiring, which is not so"
-                )
-            if not job.num_open and not job.is_acquiring:
-                problems.append("a job has nothing to wait for")
-        problems += [
+        return self.jobs.check() + [
             f"a request waits in {wait.phase} with an open gate" for wait in self._waits.values() if wait.request.load_gate is LoadGate.OPEN
         ]
-        return problems

@@ -1,4 +1,4 @@
-"""The nouns of a load from the store: a request's wait, and a read that may outlive it, piece by piece. `kv_loads` writes them."""
+"""The nouns of a load from the store: a request's wait, and a read that may outlive it, piece by piece."""
 
 from __future__ import annotations
 

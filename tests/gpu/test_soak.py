@@ -203,7 +203,7 @@ def soak(pool: RankPool, start_store: Callable[..., StoreProcess], device: str, 
         replica.await_offers()
         after = Memory.of(rank, device)
         stats = replica.engine.stats()
-        num_failed_loads = replica.engine.loads.num_failed
+        num_failed_loads = replica.engine.loads.jobs.num_failed
     stat, problems = ask_store(store)
 
     asks = crowd + others

@@ -111,7 +111,7 @@ def run_cases(pool: RankPool, start_store: Callable[..., StoreProcess], worker: 
         warm["dram"] = ask_all(replica, prompts)
         check_cached(replica, prompts, warm["dram"], "dram")
         warm_scores["dram"] = score_all(replica, prompts, cold)
-        assert replica.engine.loads.num_failed == 0
+        assert replica.engine.loads.jobs.num_failed == 0
         replica.await_offers()
     stat, problems = ask_store(store)
     assert (stat.held_slots, stat.leases, problems) == (0, 0, [])

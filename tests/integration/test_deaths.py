@@ -136,7 +136,7 @@ def test_a_rank_stopped_in_a_load_reads_nothing_of_the_slots_next_owner(
         answer = reader.answer(request_id)
         assert answer.token_ids == expected
         assert answer.cached.total < NUM_BLOCKS * BLOCK_SIZE
-        assert reader.engine.loads.num_failed > 0
+        assert reader.engine.loads.jobs.num_failed > 0
         reader.await_offers()
         assert reader.ask(PROMPT, NUM_OUTPUTS).token_ids == expected
     await_stat(store, lambda stat: stat.held_slots == stat.leases == stat.quarantined_slots == 0)

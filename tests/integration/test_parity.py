@@ -83,7 +83,7 @@ def test_cold_from_pages_and_from_the_store(
         replica.await_offers()
     with Replica(pool, worker, store.address, max_num_batched_tokens=37) as replica:
         ask_both(replica, "dram")
-        assert replica.engine.loads.num_failed == 0
+        assert replica.engine.loads.jobs.num_failed == 0
         first_scored = 3 * BLOCK_SIZE + 1  # reuse stops before the logits that score it
         answer = replica.ask(PROMPTS[0], 1, SCORED._replace(prompt_logprobs_start=first_scored))
         assert answer.cached == NOTHING._replace(pages=3 * BLOCK_SIZE)

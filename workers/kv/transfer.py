@@ -117,10 +117,18 @@ class CudaMover:
         self._is_save = is_save
         self._stream = torch.cuda.Stream(pool.tensor.device, priority=-1)  # hashing must not wait behind a forward pass
         self._dma = Dma()
+        self._use_stream()
         self._hasher = self._make_hasher(span)
 
     def enter_thread(self) -> None:
         self._torch.cuda.set_device(self._pool.tensor.device)
+
+    def _use_stream(self) -> None:
+        """A stream's first copy may wait for all that the device is doing: it is done here."""
+        word = self._torch.zeros(1, pin_memory=True)
+        with self._torch.cuda.stream(self._stream):
+            word.copy_(word.to(self._pool.tensor.device, non_blocking=True), non_blocking=True)
+        self._stream.synchronize()
 
     def _make_hasher(self, span: _Span) -> PartHasher | None:
         """Built and tried once here, rather than when a request waits; None where slots have to be hashed instead."""

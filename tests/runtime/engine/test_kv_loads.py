@@ -39,7 +39,7 @@ class LoadBench(Bench):
 
     def advance(self) -> None:
         self.loads.advance(self.scheduler, self.now_s)
-        self.copies += self.loads.take_copies()
+        self.copies += self.loads.jobs.take_copies()
 
     def answer(self, kind: type, reply: object) -> object:
         ticket, question = self.port.take(kind)
@@ -71,7 +71,7 @@ class LoadBench(Bench):
         """The oldest ones, or all."""
         copies, self.copies = self.copies[:count], self.copies[len(self.copies) if count is None else count :]
         for i, copy in enumerate(copies):
-            assert self.loads.copied(CopyResult(copy.copy_id, i not in failed, b""), self.now_s)
+            assert self.loads.jobs.copied(CopyResult(copy.copy_id, i not in failed, b""), self.now_s)
         self.advance()
 
     def released(self) -> list[int]:
@@ -85,7 +85,7 @@ class LoadBench(Bench):
 
     def settled(self) -> None:
         assert self.loads.check() == []
-        assert self.loads.num_open_copies == 0
+        assert self.loads.jobs.num_open_copies == 0
         assert self.blocks.check() == []
 
 
@@ -224,7 +224,7 @@ def test_a_failed_copy_cuts_the_prefix() -> None:
     assert len(live.held_pages) == 2
     assert bench.blocks.match(live.keys) == 2
     assert bench.blocks.num_used == 2
-    assert bench.loads.num_failed == 1
+    assert bench.loads.jobs.num_failed == 1
     bench.plan()
     assert live.cached == (0, 8, 0, 0)
     bench.settled()
@@ -615,7 +615,7 @@ def test_copies_that_were_not_sent_are_dropped_with_the_store() -> None:
     bench.loads.answered(StoreAnswer(ticket, Acquired(5, [Slot(0, 1, b"")], [("dram", 1)])), bench.now_s)
     bench.port.state = StoreState.LOST
     bench.loads.lost(bench.now_s)
-    assert bench.loads.take_copies() == []
+    assert bench.loads.jobs.take_copies() == []
     assert bench.blocks.num_used == 0
     bench.settled()
 
