@@ -77,6 +77,7 @@ class RankParts(NamedTuple):
 
 
 MODEL = RankParts()
+PRELOADED = ("torch", "workers.runner", "workers.attention.flashinfer", "flashinfer")  # the last where torch sees a CUDA device
 ECHO = RankParts("workers.echo:EchoRunner", "workers.echo:NoCommunicator")
 
 
@@ -321,6 +322,22 @@ class EngineWatch:
         os.close(self._stop_fd)
 
 
+def preload() -> threading.Thread:
+    """Begins to import what a model needs, while there is none yet: seconds, the most of them for CUDA. What is missing or broken is
+    reported by whoever imports it next."""
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            for name in PRELOADED:
+                if name == "workers.attention.flashinfer" and not sys.modules["torch"].cuda.is_available():
+                    return
+                importlib.import_module(name)
+
+    thread = threading.Thread(target=run, name="preload", daemon=True)
+    thread.start()
+    return thread
+
+
 def load_attribute(name: str) -> Any:
     """ "module:attribute" -> the attribute."""
     module, _, attribute = name.partition(":")
@@ -370,6 +387,8 @@ def main() -> None:
         serve_pool()
     else:
         parts = RankParts(arguments.runner, arguments.communicator)
+        if parts == MODEL:
+            preload()
         run_rank(arguments.connect, arguments.rank, os.environ.get("MOBULA_SECRET", ""), parts=parts)
 
 

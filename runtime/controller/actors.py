@@ -39,7 +39,7 @@ def current_node_id() -> str:
 
 
 class EngineActor:
-    """One replica's engine. `listen`, then workers are created with its address, then `load`, then it serves until `stop` or a failure."""
+    """One replica's engine. `listen`, then workers are started with its address, then `load`, then it serves until `stop` or a failure."""
 
     def __init__(self, replica_id: str, world_size: int, secret: str) -> None:
         from workers.group import GroupListener
@@ -102,23 +102,26 @@ class EngineActor:
 
 
 class WorkerActor:
-    """One rank. Lives as long as its engine's socket."""
+    """One rank. Imports what it will need until it is started, then lives as long as its engine's socket."""
 
-    def __init__(self, address: str, rank: int, secret: str) -> None:
+    def __init__(self, rank: int, secret: str) -> None:
+        from workers.worker import preload
+
         logging.basicConfig(level=logging.INFO)
-        self._arguments = (address, rank, secret)
+        self._rank, self._secret = rank, secret
+        preload()
 
-    def start(self) -> int:
-        """Begins to serve the engine; returns the pid."""
-        threading.Thread(target=self._run, name="rank", daemon=True).start()
+    def start(self, address: str) -> int:
+        """Begins to serve the engine at `address`; returns the pid."""
+        threading.Thread(target=self._run, args=(address,), name="rank", daemon=True).start()
         return os.getpid()
 
-    def _run(self) -> None:
+    def _run(self, address: str) -> None:
         from workers.worker import run_rank
 
         code = 1
         try:
-            run_rank(*self._arguments)
+            run_rank(address, self._rank, self._secret)
             code = 0
         finally:
             os._exit(code)  # the group is over: the actor and its GPU go with it, whatever threads are left

@@ -45,9 +45,9 @@ def create_engine(spec: DeploymentSpec, replica_id: str, group: Any) -> Any:
     return _remote(EngineActor).options(**options).remote(replica_id, spec.settings.tensor_parallel_size, spec.secret)
 
 
-def create_worker(spec: DeploymentSpec, replica_id: str, group: Any, rank: int, address: str) -> Any:
+def create_worker(spec: DeploymentSpec, replica_id: str, group: Any, rank: int) -> Any:
     options = _in_group(spec, worker_name(replica_id, rank), group, bundle=rank, num_gpus=1 if spec.use_gpu else 0)
-    return _remote(WorkerActor).options(**options).remote(address, rank, spec.secret)
+    return _remote(WorkerActor).options(**options).remote(rank, spec.secret)
 
 
 def create_store(spec: DeploymentSpec, node_id: str, config: StoreConfig) -> Any:

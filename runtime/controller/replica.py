@@ -91,6 +91,8 @@ class Replica:
             need = f"{self._spec.settings.tensor_parallel_size} {'GPUs' if self._spec.use_gpu else 'CPU ranks'} on one node"
             raise RemoteCallFailed(f"no room for a replica ({need}): {error}") from error
         if placed is not None:
+            ranks = range(self._spec.settings.tensor_parallel_size)
+            self._workers = [placement.create_worker(self._spec, self.replica_id, self._group, rank) for rank in ranks]
             self._engine = placement.create_engine(self._spec, self.replica_id, self._group)
             self._call = RemoteCall(self._engine.listen.remote(), "engine start", LISTEN_TIMEOUT_S)
             self.phase = ReplicaPhase.CONNECTING
@@ -104,10 +106,8 @@ class Replica:
         store_address = self._store_address_of(node_id)
         if store_address is None:
             return  # its store is still starting; poll() keeps answering
-        for rank in range(self._spec.settings.tensor_parallel_size):
-            worker = placement.create_worker(self._spec, self.replica_id, self._group, rank, address)
-            self._workers.append(worker)
-            self._starts.append(RemoteCall(worker.start.remote(), f"rank {rank} start", LISTEN_TIMEOUT_S))
+        for rank, worker in enumerate(self._workers):
+            self._starts.append(RemoteCall(worker.start.remote(address), f"rank {rank} start", LISTEN_TIMEOUT_S))
         host = "127.0.0.1" if self._spec.settings.host in ("127.0.0.1", "localhost") else "0.0.0.0"
         load = self._engine.load.remote(self._spec.settings.worker_config(), self._engine_config, store_address, host)
         self._starts.append(RemoteCall(load, "engine load", LISTEN_TIMEOUT_S))

@@ -51,7 +51,7 @@ def served(folder: Path, load_format: str, timeout_s: float) -> Iterator[tuple[s
     began_s = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
-        limit = threading.Timer(timeout_s, process.send_signal, [signal.SIGINT])
+        limit = threading.Timer(timeout_s, process.send_signal, [signal.SIGTERM])
         limit.start()
         try:
             assert process.stdout is not None
@@ -71,7 +71,7 @@ def served(folder: Path, load_format: str, timeout_s: float) -> Iterator[tuple[s
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     try:
         process.wait(END_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -197,6 +197,15 @@ def test_names_and_devices() -> None:
             pick_device("cuda", 0)
 
 
+def test_a_rank_can_import_ahead() -> None:
+    code = (
+        "import sys; from workers.worker import preload; preload().join(60); sys.exit(not {'torch', 'workers.runner'} <= set(sys.modules))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=90, check=False).returncode == 0
+    )
+
+
 def test_a_rank_needs_no_torch_until_it_loads_a_model() -> None:
     code = "import sys, workers.worker, workers.group, workers.local, workers.echo, workers.kv.transfer; sys.exit('torch' in sys.modules)"
     assert (
