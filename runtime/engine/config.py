@@ -54,6 +54,7 @@ class EngineConfig:
     first_load_blocks: int = 64  # acquired with the lookup, so that their copies run while the next are acquired, twice as many each time
     unasked_compute_s: float = 0.025  # less than a step's worth of tokens behind a prefix at hand: the store is not asked for them, where
     # at the replica's rate they take no longer than this
+    unasked_idle_s: float = 0.01  # so much of any prompt, while nothing else runs or waits: bringing it would take longer
 
     # Single flight: how long a request waits for blocks that another replica is computing, then it computes them itself
     single_flight_timeout_s: float = 1.0  # per 1,000 tokens, and for fewer; 0: not at all

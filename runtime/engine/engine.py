@@ -276,7 +276,7 @@ class Engine:
             return
         if request.deadline_s is not None:
             heapq.heappush(self._deadlines, (request.deadline_s, live.arrival, live))
-        self.loads.arrived(live)
+        self.loads.arrived(live, is_alone=len(self._live) == 1)
 
     def _abort(self, message: AbortRequest) -> None:
         request = self._live.get(message.key)

@@ -74,8 +74,9 @@ class KvLoads:
         """Of the requests that wait, in no order; for people and tests, from any thread."""
         return [wait.phase.value for wait in list(self._waits.values())]
 
-    def arrived(self, request: LiveRequest) -> None:
-        """The prefix is to be looked up, unless the replica's own pages hold all of it, or all but what is computed at once."""
+    def arrived(self, request: LiveRequest, *, is_alone: bool = False) -> None:
+        """The prefix is to be looked up, unless the replica's own pages hold all of it, or all but what is computed at once. `is_alone`: no
+        other request runs or waits."""
         if self._port.state is StoreState.NONE or not self._config.prefix_caching:
             return
         if self._port.state is not StoreState.READY:
@@ -83,7 +84,7 @@ class KvLoads:
             return
         keys = self._reusable_keys(request)
         num_hits = self._blocks.match(keys)
-        if num_hits < len(keys) and not self._is_soon_computed(num_hits, len(keys) - num_hits):
+        if num_hits < len(keys) and not self._is_soon_computed(num_hits, len(keys) - num_hits, is_alone):
             self._waits[request] = Wait(request)
             request.load_gate = LoadGate.WAIT
 
@@ -137,8 +138,11 @@ class KvLoads:
         size = self._blocks.block_size
         return request.extend_keys(size)[: request.num_reusable_blocks(size)]
 
-    def _is_soon_computed(self, num_hits: int, num_missing: int) -> bool:
-        """Whether so few blocks are missing that the step which computes the rest of the prompt hardly takes longer for them."""
+    def _is_soon_computed(self, num_hits: int, num_missing: int, is_alone: bool) -> bool:
+        """Whether so few blocks are missing that the step which computes the rest of the prompt hardly takes longer for them, or, where it
+        holds up nobody, that it is done before they could be brought."""
+        if is_alone and num_missing * self._blocks.block_size <= self._rates.tokens_per_s * self._config.unasked_idle_s:
+            return True
         return num_hits > 0 and num_missing <= self._num_soon_computed
 
     @property

@@ -31,9 +31,9 @@ class LoadBench(Bench):
         self.claim_outcome = ClaimOutcome.GRANTED
         self.claimed: list[list[BlockKey]] = []  # by lookups
 
-    def arrive(self, name: str = "a", prompt: list[int] = PROMPT) -> LiveRequest:
+    def arrive(self, name: str = "a", prompt: list[int] = PROMPT, *, is_alone: bool = False) -> LiveRequest:
         live = self.add(name, prompt)
-        self.loads.arrived(live)
+        self.loads.arrived(live, is_alone=is_alone)
         self.advance()
         return live
 
@@ -157,6 +157,17 @@ def test_a_fast_replica_asks_for_no_few_tokens_behind_its_pages() -> None:
     assert bench.port.asked == []
     bench.rates.tokens_per_s /= 2
     assert bench.arrive("slow").load_gate is LoadGate.WAIT
+
+
+def test_an_idle_replica_asks_for_nothing_that_it_computes_sooner() -> None:
+    bench = LoadBench()
+    num_blocks = len(chain_keys(ROOT, PROMPT, BLOCK_SIZE))
+    bench.rates.tokens_per_s = num_blocks * BLOCK_SIZE / bench.config.unasked_idle_s
+    assert bench.arrive(is_alone=True).load_gate is LoadGate.OPEN
+    assert bench.port.asked == []
+    assert bench.arrive("second").load_gate is LoadGate.WAIT
+    bench.rates.tokens_per_s *= 0.99
+    assert bench.arrive("longer", is_alone=True).load_gate is LoadGate.WAIT
 
 
 def test_a_fast_replica_asks_for_a_step_of_tokens_and_for_what_begins_a_prompt() -> None:
