@@ -1,7 +1,8 @@
 """Blocks on their way from the store into pages: a job per read, a piece per acquire, a copy per block.
 
-A job has its pages from the start and reads piece by piece, each acquired while the one before is copied. Blocks are published, and held
-for the request, as their copies are answered: when the last one is, little is left to do.
+A job has its pages from the start and reads piece by piece, each acquired while the one before is copied, as long as no more blocks than
+`max_loading_blocks` are under way in all. Blocks are published, and held for the request, as their copies are answered: when the last one
+is, little is left to do.
 
 A job outlives its request: its pages and its leases return only when every copy is answered. No two jobs read the same block.
 """
@@ -9,6 +10,7 @@ A job outlives its request: its pages and its leases return only when every copy
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,7 @@ class LoadJobs:
         self._open: dict[int, tuple[Piece, int]] = {}  # copy -> its piece and position in the job
         self._jobs: set[Job] = set()
         self._loading: set[BlockKey] = set()  # by these
+        self._starved: dict[Job, None] = {}  # jobs that would acquire more, were fewer blocks under way; in their order
 
     @property
     def num_open_copies(self) -> int:
@@ -55,9 +58,8 @@ class LoadJobs:
         return key in self._loading
 
     def free(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """The leading ones that a job could read now."""
-        room = max(0, self._config.max_loading_blocks - len(self._loading))
-        return list(itertools.takewhile(lambda key: key not in self._loading, keys[:room]))
+        """The leading ones that nobody is reading."""
+        return list(itertools.takewhile(lambda key: key not in self._loading, keys))
 
     def begin(self, wait: Wait, first: int, keys: list[BlockKey], parent: BlockKey, pinned: Acquired | None, now_s: float) -> None:
         """Reads `keys`, the blocks of a request from depth `first` on. `pinned`: what its lookup has acquired of them."""
@@ -73,9 +75,10 @@ class LoadJobs:
 
     def forsake(self, wait: Wait) -> None:
         """The request goes on without what is being read for it."""
-        for job in self._jobs:
-            if job.wait is wait:
-                job.wait = None
+        for job in [job for job in self._jobs if job.wait is wait]:
+            job.wait = None
+            if job in self._starved:
+                self._proceed(job, math.inf)
 
     def answered(self, answer: StoreAnswer, now_s: float) -> bool:
         """Takes the store's answer to a question that was asked here."""
@@ -110,7 +113,7 @@ class LoadJobs:
         if not piece.num_open:
             self._leases.release(piece.lease_id)
             job.num_open -= 1
-            self._proceed(job, now_s)
+            self._proceed_after(job, now_s)
         return True
 
     def drop_unsent(self, now_s: float) -> None:
@@ -119,19 +122,33 @@ class LoadJobs:
         for copy in unsent:
             self.copied(CopyResult(copy.copy_id, False, b"", "store lost"), now_s)
 
+    def _proceed_after(self, job: Job, now_s: float) -> None:
+        """Something of the job was answered: it may go on, and others where there is room now."""
+        self._proceed(job, now_s)
+        for starved in list(self._starved):
+            self._proceed(starved, now_s)
+
     def _proceed(self, job: Job, now_s: float) -> None:
-        """Acquires the next piece, twice as large as the one before; where there is none, the job is over with its last copy."""
+        """Acquires the next piece, up to twice as large as the one before; where there is none, the job is over with its last copy."""
         start = len(job.good)
+        self._starved.pop(job, None)
         if not (job.is_acquiring or job.is_cut) and job.wait is not None and start < len(job.keys):
-            job.num_asked = min(len(job.keys), 2 * start + self._config.first_load_blocks)
-            ticket = self._port.ask(Acquire(job.keys[start : job.num_asked], self._config.lease_ttl_s))
-            if ticket is None:
+            room = self._config.max_loading_blocks - self._num_under_way
+            job.num_asked = min(len(job.keys), 2 * start + self._config.first_load_blocks, start + room)
+            if room <= 0:
+                self._starved[job] = None
+            elif (ticket := self._port.ask(Acquire(job.keys[start : job.num_asked], self._config.lease_ttl_s))) is None:
                 job.is_cut = job.is_failed = True
             else:
                 job.is_acquiring = True
                 self._acquires[ticket] = job
-        if not (job.is_acquiring or job.num_open):
+        if not (job.is_acquiring or job.num_open or job in self._starved):
             self._finish(job, now_s)
+
+    @property
+    def _num_under_way(self) -> int:
+        """Blocks that are acquired, or being acquired, and whose copies have no answer yet."""
+        return len(self._open) + sum(job.num_asked - len(job.good) for job in self._acquires.values())
 
     def _acquired(self, job: Job, acquired: Acquired | None, now_s: float) -> None:
         """Slots are pinned: copies for the next plan."""
@@ -146,7 +163,7 @@ class LoadJobs:
             else:
                 self._leases.release(piece.lease_id)
             self._publish(job)
-        self._proceed(job, now_s)
+        self._proceed_after(job, now_s)
 
     def _copy(self, piece: Piece, acquired: Acquired, now_s: float) -> None:
         blocks, job = self._blocks, piece.job
@@ -216,6 +233,8 @@ class LoadJobs:
                 problems.append(
                     f"a job has {job.num_open} open pieces and is {'' if job.is_acquiring else 'not '}acquiring, which is not so"
                 )
-            if not job.num_open and not job.is_acquiring:
+            if not (job.num_open or job.is_acquiring or job in self._starved):
                 problems.append("a job has nothing to wait for")
+        if self._starved and not self._num_under_way:
+            problems.append("jobs wait for copies, but none is under way")
         return problems

@@ -566,7 +566,7 @@ def test_loads_are_bounded() -> None:
     assert [len(keys) for keys in wanted] == [4, 2], "two requests, six blocks"
 
 
-def test_a_long_prefix_is_loaded_in_several_jobs() -> None:
+def test_a_long_prefix_is_loaded_bit_by_bit() -> None:
     bench = LoadBench(max_loading_blocks=3)
     live = bench.arrive()
     bench.find(4)
