@@ -7,6 +7,7 @@ the background, notices a store that went away or restarted, and attaches again.
     CONNECTING --attached--> READY --a call fails, another epoch--> LOST --attached--> READY ...
 
 Events come in order: every ticket of one attachment is answered before its StoreLost, and StoreReady comes before any ticket of the next.
+Only the answer None to a question that was sent while the store was being lost may come later.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ class RemoteStore:
         self._timeout_s, self._probe_every_s, self._rates = timeout_s, probe_every_s, rates or ReplicaRates()
         self._state = StoreState.CONNECTING
         self._num_open = 0
+        self._num_ready = self._num_attached = 0  # attachments so far, as the engine and as the loop's thread know them
         self._next_ticket = 0
         self._asked: list[tuple[int, Question]] = []  # and not sent
         self._events: deque[StoreEvent] = deque()
@@ -222,7 +224,7 @@ class RemoteStore:
     def send(self) -> None:
         if self._asked:
             asked, self._asked = self._asked, []
-            self._thread.loop.call_soon_threadsafe(self._begin_all, asked)
+            self._thread.loop.call_soon_threadsafe(self._begin_all, asked, self._num_ready)
 
     def poll(self) -> list[StoreEvent]:
         events: list[StoreEvent] = []
@@ -232,6 +234,7 @@ class RemoteStore:
                 self._num_open -= 1
             elif isinstance(event, StoreReady):
                 self._state = StoreState.READY
+                self._num_ready += 1
             else:
                 self._state = StoreState.LOST
                 events += [StoreAnswer(ticket, None) for ticket, _ in self._asked]
@@ -265,12 +268,13 @@ class RemoteStore:
             self._session.cancel()
             await asyncio.wait([self._session])
 
-    def _begin_all(self, asked: list[tuple[int, Question]]) -> None:
+    def _begin_all(self, asked: list[tuple[int, Question]], attachment: int) -> None:
         for ticket, question in asked:
-            self._begin(ticket, question)
+            self._begin(ticket, question, attachment)
 
-    def _begin(self, ticket: int, question: Question) -> None:
-        if self._failed is None or self._failed.is_set():
+    def _begin(self, ticket: int, question: Question, attachment: int) -> None:
+        """A question means the attachment that it was asked in: leases of another are not its own."""
+        if self._failed is None or self._failed.is_set() or attachment != self._num_attached:
             self._put(StoreAnswer(ticket, None))
             return
         assert self._client is not None
@@ -320,6 +324,7 @@ class RemoteStore:
         """Returns when a call has failed or the store has restarted."""
         self._client, self._failed = client, asyncio.Event()
         arena = ArenaSpec(attached.arena_path, attached.arena_bytes, attached.data_offset, attached.slot_bytes)
+        self._num_attached += 1
         self._put(StoreReady(attached.epoch, arena))
         while not self._failed.is_set():
             try:

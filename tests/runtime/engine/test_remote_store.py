@@ -140,6 +140,19 @@ def test_open_questions_are_answered_before_the_loss(port: Port, store: StorePro
     assert sorted(answered) == tickets
 
 
+def test_a_question_for_a_lost_store_does_not_reach_the_next(port: Port, store: StoreProcess) -> None:
+    port.wait_for(StoreReady)
+    ticket = port.remote.ask(Reserve(KEYS, [ROOT, *KEYS[:-1]], [True, False, False], 60.0))
+    os.kill(store.pid, signal.SIGKILL)
+    wait_until(lambda: any(isinstance(event, StoreReady) for event in port.remote._events))  # which the engine has not heard of yet
+    port.remote.send()
+    answer = port.wait_for(StoreAnswer)
+    assert isinstance(answer, StoreAnswer)
+    assert answer == (ticket, None)
+    assert port.ask(Lookup(KEYS)).num_blocks == 0
+    assert port.ask(Reserve(KEYS, [ROOT, *KEYS[:-1]], [True, False, False], 60.0)).lease_id == 1, "the first of this store"
+
+
 def test_questions_leave_when_they_are_sent(port: Port) -> None:
     port.wait_for(StoreReady)
     tickets = [port.remote.ask(Lookup(KEYS)) for _ in range(2)]
