@@ -25,7 +25,6 @@ _RAY_OBJECT_STORE_BYTES = 80 << 20  # we pass no objects through it; Ray's minim
 _START_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # with a 127.0.0.1 node address: listen on loopback only
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # at the usual 15 anything else that runs on the machine goes before steps and tokens
     # When a raylet dies its workers kill their children; a store must rather see the end of its pipe and remove its files.
     "RAY_kill_child_processes_on_worker_exit": "0",
 }
