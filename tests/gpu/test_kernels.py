@@ -204,7 +204,7 @@ def test_choice_of_experts(sigmoid, num_groups, kept, num_experts, chosen):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 3000])
 def test_experts(dtype, num_tokens):
-    from workers.kernels.experts import group_pairs, run_experts
+    from workers.kernels.experts import group_pairs, run_experts, run_streamed, usual_tiles
 
     hidden, size, num_experts, chosen = 256, 176, 16, 3
     x, shared = randn(num_tokens, hidden, dtype=dtype), randn(num_tokens, hidden, dtype=dtype)
@@ -220,7 +220,10 @@ def test_experts(dtype, num_tokens):
         token, rank = (experts == expert).nonzero(as_tuple=True)
         gate, up = (x[token].float() @ gate_up[expert].float().T).chunk(2, dim=1)
         expected.index_add_(0, token, weights[token, rank][:, None] * ((F.silu(gate) * up) @ down[expert].float().T))
-    near(out, expected, scale=3.0 if dtype is torch.float32 else 1.0)  # tensor cores multiply float32 as tf32
+    scale = 3.0 if dtype is torch.float32 else 1.0  # tensor cores multiply float32 as tf32
+    near(out, expected, scale=scale)
+    turned = tuple(tile._replace(turned=not tile.turned) for tile in usual_tiles(experts.numel() / num_experts, dtype))
+    near(run_streamed(x, experts, weights, gate_up, down, lambda: shared, turned), expected, scale=scale)
 
 
 def test_draws_are_those_of_the_cpu():

@@ -12,6 +12,7 @@ T tokens, H hidden, E experts, G groups of experts, K experts per token, I inter
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,6 +22,30 @@ import triton.language as tl
 from workers.kernels.norm import silu_mul
 
 Shared = Callable[[], torch.Tensor] | None
+
+
+class Tile(NamedTuple):
+    """What one program of a grouped product holds at once: pairs and output columns, and of the inner dimension what it loads together.
+    `turned`: columns times pairs, so that weights come first."""
+
+    pairs: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+    turned: bool = False
+
+    def options(self) -> dict[str, int | bool]:
+        return {
+            "PAIRS": self.pairs,
+            "COLUMNS": self.columns,
+            "INNER": self.inner,
+            "TURNED": self.turned,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
 _GROUP_BLOCK = 1024
 _MAX_GROUPED_PAIRS = 8192  # beyond, a sort is faster than a pass per expert
 _MANY_PAIRS = 64  # per expert
@@ -176,56 +201,77 @@ def group_pairs(experts_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
 @triton.jit
 def _gate_up(
     x_ptr, weight_ptr, order_ptr, starts_ptr, out_ptr, H, I, K,
-    BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
+    PAIRS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
-    column = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < I
-    inner = tl.arange(0, BLOCK_H)
-    gate_base = weight_ptr + expert * 2 * I * H + column[None, :].to(tl.int64) * H
-    for first in range(start, stop, BLOCK_P):
-        row = first + tl.arange(0, BLOCK_P)
+    inner = tl.arange(0, INNER)
+    gate_base = weight_ptr + expert * 2 * I * H + column.to(tl.int64) * H
+    up_base = gate_base + I.to(tl.int64) * H
+    for first in range(start, stop, PAIRS):
+        row = first + tl.arange(0, PAIRS)
         is_row = row < stop
         token = tl.load(order_ptr + row, mask=is_row, other=0) // K
-        gate = tl.zeros((BLOCK_P, BLOCK_I), tl.float32)
-        up = tl.zeros((BLOCK_P, BLOCK_I), tl.float32)
-        for begin in range(0, H, BLOCK_H):
+        x_base = x_ptr + token.to(tl.int64) * H
+        gate = tl.zeros((COLUMNS, PAIRS) if TURNED else (PAIRS, COLUMNS), tl.float32)
+        up = tl.zeros((COLUMNS, PAIRS) if TURNED else (PAIRS, COLUMNS), tl.float32)
+        for begin in range(0, H, INNER):
             at = begin + inner
-            x = tl.load(x_ptr + token[:, None].to(tl.int64) * H + at[None, :], mask=is_row[:, None] & (at < H)[None, :], other=0.0)
-            is_weight = is_column[None, :] & (at < H)[:, None]
-            gate = tl.dot(x, tl.load(gate_base + at[:, None], mask=is_weight, other=0.0), gate, input_precision="ieee")
-            up_weight = tl.load(gate_base + I.to(tl.int64) * H + at[:, None], mask=is_weight, other=0.0)
-            up = tl.dot(x, up_weight, up, input_precision="ieee")
-        out = gate / (1.0 + tl.exp(-gate)) * up
-        target = out_ptr + row[:, None].to(tl.int64) * I + column[None, :]
-        tl.store(target, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+            if TURNED:
+                x = tl.load(x_base[None, :] + at[:, None], mask=is_row[None, :] & (at < H)[:, None], other=0.0)
+                is_weight = is_column[:, None] & (at < H)[None, :]
+                gate = tl.dot(tl.load(gate_base[:, None] + at[None, :], mask=is_weight, other=0.0), x, gate, input_precision="ieee")
+                up = tl.dot(tl.load(up_base[:, None] + at[None, :], mask=is_weight, other=0.0), x, up, input_precision="ieee")
+            else:
+                x = tl.load(x_base[:, None] + at[None, :], mask=is_row[:, None] & (at < H)[None, :], other=0.0)
+                is_weight = is_column[None, :] & (at < H)[:, None]
+                gate = tl.dot(x, tl.load(gate_base[None, :] + at[:, None], mask=is_weight, other=0.0), gate, input_precision="ieee")
+                up = tl.dot(x, tl.load(up_base[None, :] + at[:, None], mask=is_weight, other=0.0), up, input_precision="ieee")
+        out = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
+        target = out_ptr + row.to(tl.int64) * I
+        if TURNED:
+            tl.store(target[None, :] + column[:, None], out, mask=is_row[None, :] & is_column[:, None])
+        else:
+            tl.store(target[:, None] + column[None, :], out, mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit
 def _down(
     x_ptr, weight_ptr, order_ptr, starts_ptr, scale_ptr, out_ptr, H, I,
-    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+    PAIRS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
-    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < H
-    inner = tl.arange(0, BLOCK_I)
-    base = weight_ptr + expert * H * I + column[None, :].to(tl.int64) * I
-    for first in range(start, stop, BLOCK_P):
-        row = first + tl.arange(0, BLOCK_P)
+    inner = tl.arange(0, INNER)
+    base = weight_ptr + expert * H * I + column.to(tl.int64) * I
+    for first in range(start, stop, PAIRS):
+        row = first + tl.arange(0, PAIRS)
         is_row = row < stop
-        acc = tl.zeros((BLOCK_P, BLOCK_H), tl.float32)
-        for begin in range(0, I, BLOCK_I):
+        x_base = x_ptr + row.to(tl.int64) * I
+        acc = tl.zeros((COLUMNS, PAIRS) if TURNED else (PAIRS, COLUMNS), tl.float32)
+        for begin in range(0, I, INNER):
             at = begin + inner
-            x = tl.load(x_ptr + row[:, None].to(tl.int64) * I + at[None, :], mask=is_row[:, None] & (at < I)[None, :], other=0.0)
-            weight = tl.load(base + at[:, None], mask=is_column[None, :] & (at < I)[:, None], other=0.0)
-            acc = tl.dot(x, weight, acc, input_precision="ieee")
+            if TURNED:
+                x = tl.load(x_base[None, :] + at[:, None], mask=is_row[None, :] & (at < I)[:, None], other=0.0)
+                weight = tl.load(base[:, None] + at[None, :], mask=is_column[:, None] & (at < I)[None, :], other=0.0)
+                acc = tl.dot(weight, x, acc, input_precision="ieee")
+            else:
+                x = tl.load(x_base[:, None] + at[None, :], mask=is_row[:, None] & (at < I)[None, :], other=0.0)
+                weight = tl.load(base[None, :] + at[:, None], mask=is_column[None, :] & (at < I)[:, None], other=0.0)
+                acc = tl.dot(x, weight, acc, input_precision="ieee")
         pair = tl.load(order_ptr + row, mask=is_row, other=0)
-        acc *= tl.load(scale_ptr + pair, mask=is_row, other=0.0)[:, None]
-        target = out_ptr + pair[:, None].to(tl.int64) * H + column[None, :]
-        tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+        scale = tl.load(scale_ptr + pair, mask=is_row, other=0.0)
+        target = out_ptr + pair.to(tl.int64) * H
+        if TURNED:
+            acc *= scale[None, :]
+            tl.store(target[None, :] + column[:, None], acc.to(out_ptr.dtype.element_ty), mask=is_row[None, :] & is_column[:, None])
+        else:
+            acc *= scale[:, None]
+            tl.store(target[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit
@@ -300,30 +346,29 @@ def run_streamed(
     gate_up_EIH: torch.Tensor,
     down_EHI: torch.Tensor,
     shared: Shared = None,
+    tiles: tuple[Tile, Tile] | None = None,
 ) -> torch.Tensor:
-    """`run_experts` by kernels that read each expert's weights once."""
+    """`run_experts` by kernels that read each expert's weights once. `tiles`: of the two products, instead of the usual ones."""
     (num_experts, hidden, size), num_pairs = down_EHI.shape, experts_TK.numel()
     order_P, starts = group_pairs(experts_TK, num_experts)
-    shape = _tile(num_pairs / num_experts, x_TH.dtype)
+    gate_up, down = tiles or usual_tiles(num_pairs / num_experts, x_TH.dtype)
     inner_PI = x_TH.new_empty((num_pairs, size))
-    _gate_up[(num_experts, triton.cdiv(size, shape["BLOCK_N"]))](
-        x_TH, gate_up_EIH, order_P, starts, inner_PI, hidden, size, experts_TK.shape[1],
-        BLOCK_P=shape["BLOCK_M"], BLOCK_I=shape["BLOCK_N"], BLOCK_H=shape["BLOCK_K"], num_warps=shape["num_warps"], num_stages=3,
-    )  # fmt: skip
+    _gate_up[(num_experts, triton.cdiv(size, gate_up.columns))](
+        x_TH, gate_up_EIH, order_P, starts, inner_PI, hidden, size, experts_TK.shape[1], **gate_up.options()
+    )
     pairs_PH = x_TH.new_empty((num_pairs, hidden))
-    _down[(num_experts, triton.cdiv(hidden, shape["BLOCK_N"]))](
-        inner_PI, down_EHI, order_P, starts, weights_TK, pairs_PH, hidden, size,
-        BLOCK_P=shape["BLOCK_M"], BLOCK_H=shape["BLOCK_N"], BLOCK_I=shape["BLOCK_K"], num_warps=shape["num_warps"], num_stages=4,
-    )  # fmt: skip
+    _down[(num_experts, triton.cdiv(hidden, down.columns))](
+        inner_PI, down_EHI, order_P, starts, weights_TK, pairs_PH, hidden, size, **down.options()
+    )
     return _sum(pairs_PH, weights_TK, shared and shared(), None)
 
 
-def _tile(pairs_per_expert: float, dtype: torch.dtype) -> dict[str, int]:
-    """Few pairs per expert: thin tiles that stream the weights. Many: tiles that keep the tensor cores busy."""
+def usual_tiles(pairs_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Tile]:
+    """Of `_gate_up` and of `_down`. Few pairs per expert: thin tiles that stream weights. Many: ones that keep tensor cores busy."""
     if dtype is torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}
+        return Tile(16, 64, 32, 4, 3), Tile(16, 64, 32, 4, 4)
     if pairs_per_expert <= 16:
-        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
+        return Tile(16, 64, 128, 4, 3), Tile(16, 64, 128, 4, 4)
     if pairs_per_expert <= 48:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
+        return Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4)
+    return Tile(64, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4)
