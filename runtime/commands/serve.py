@@ -24,6 +24,7 @@ from runtime.errors import DeploymentError
 
 READY_TIMEOUT_S = 1800.0
 SHUTDOWN_TIMEOUT_S = 60.0
+INTERRUPT_POLL_S = 0.5
 
 
 def serve(settings: ServeSettings, console: Console) -> None:
@@ -52,10 +53,11 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _wait_for_interrupt() -> None:
+    """Looks up now and then: a signal that comes just before the main thread blocks does not wake it."""
     forever = threading.Event()
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            forever.wait(3600.0)
+            forever.wait(INTERRUPT_POLL_S)
 
 
 def serve_detached(settings: ServeSettings, console: Console, arguments: list[str]) -> None:
