@@ -50,6 +50,10 @@ class ReplicaLost(MobulaError):
     """The replica that held the request died."""
 
 
+class SuspectRequest(MobulaError):
+    """The request ran on two replicas that died. To send it again at once may end a third."""
+
+
 class Unauthenticated(MobulaError):
     """A call without an API key that is known, or an internal channel without the cluster's secret."""
 
@@ -67,6 +71,7 @@ STATUS: dict[type[MobulaError], tuple[grpc.StatusCode, str]] = {
     DuplicateRequest: (grpc.StatusCode.ALREADY_EXISTS, "duplicate_request"),
     NoReplica: (grpc.StatusCode.UNAVAILABLE, "no_replica"),
     ReplicaLost: (grpc.StatusCode.UNAVAILABLE, "replica_lost"),
+    SuspectRequest: (grpc.StatusCode.INTERNAL, "suspect_request"),
     Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "unauthenticated"),
     DeploymentError: (grpc.StatusCode.FAILED_PRECONDITION, "deployment"),
     GroupFailed: (grpc.StatusCode.UNAVAILABLE, "group_failed"),

@@ -44,6 +44,9 @@ class FrontDoorMetrics:
             registry=registry,
         )
         self.successes = Counter("mobula:request_success", "Requests that ran to a finish", ["finished_reason"], registry=registry)
+        self.resumes = Counter(
+            "mobula:request_resumes", "Requests that went on at another replica after theirs had died", registry=registry
+        )
         self.failures = Counter(
             "mobula:rpc_failures", "Calls of any method that ended in an error", ["method", "reason"], registry=registry
         )

@@ -125,6 +125,9 @@ class _Progress:
             self._receipt = Receipt(*first.receipt) if first.receipt is not None else Receipt()
             self._pin = PinOutcome(first.pin) if first.pin is not None else None
             yield self._start(CachedTokens(*first.cached) if first.cached is not None else CachedTokens(), replica_id)
+        elif replica_id != self._record.replica_id:
+            self._record.replica_id = replica_id
+            self._metrics.resumes.inc()
         for group in _grouped(batch):
             yield from self._prompt_logprobs(group)
             last = group[-1]

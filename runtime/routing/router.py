@@ -1,7 +1,7 @@
 """Brings a request to a replica and its outputs back.
 
 Policies choose; the router alone reserves and releases, in one `finally`: a reservation ends with its request, however that ends.
-A request whose replica is lost is tried on another one only while nothing of it has come back: then nobody can tell.
+A request whose replica is lost goes on at another one; where something of it has come back, only at one with the same weights.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from cache_store.keys import BlockKey, chain_keys, hash_fields, salted_root
 from runtime.engine.frames import Hello, RequestOutput, Submit
-from runtime.errors import BY_NAME, DeadlinePassed, NoReplica, Overloaded, ReplicaLost
+from runtime.errors import BY_NAME, DeadlinePassed, NoReplica, Overloaded, ReplicaLost, SuspectRequest
 from runtime.metrics import ReplicaFigures
 from runtime.request import FinishReason, ValidRequest
+from runtime.routing.continuation import Continuation
 from runtime.routing.engine_channel import ChannelSettings, EngineChannel
 from runtime.routing.output_queue import MAX_UNREAD, OutputQueue, Turnstile
 from runtime.routing.prefix_index import PrefixIndex
+from runtime.routing.suspects import Suspects
 from runtime.routing.types import DRAINING, READY, Candidate, Membership, Policy, ReplicaMember, RoutingContext
 from workers.errors import GroupFailed
 
-_MAX_ATTEMPTS = 2  # a request seen at two deaths may be their cause
+log = logging.getLogger(__name__)
+
+_MAX_DEATHS = 2  # a request seen at two may be their cause
 _MAX_INDEXED_BLOCKS = 2048  # of one prompt: enough to tell replicas apart
 
 
@@ -58,6 +64,7 @@ class Router:
         self._replicas: dict[str, Replica] = {}
         self._wire_ids = itertools.count(1)
         self.turnstile = Turnstile()
+        self.suspects = Suspects(time.monotonic)
 
     @property
     def membership(self) -> Membership:
@@ -96,9 +103,9 @@ class Router:
             replica.channel.last_answer_s >= oldest_s and replica.channel.step_age_s <= max_step_age_s for replica, _ in self._ready()
         )
 
-    def has_ready(self, lost: set[str]) -> bool:
-        """Whether a replica outside `lost` takes requests."""
-        return any(replica.member.replica_id not in lost for replica, _ in self._ready())
+    def has_ready(self, lost: set[str], weights_digest: bytes | None = None) -> bool:
+        """Whether a replica outside `lost` takes requests, one with these weights where they are given."""
+        return bool(self._ready_but(lost, weights_digest))
 
     def max_model_len(self) -> int | None:
         """The shortest context among the ready replicas; None without one."""
@@ -125,9 +132,10 @@ class Router:
         return f"{request_id}#{next(self._wire_ids)}"
 
     @contextlib.contextmanager
-    def reserve(self, request: ValidRequest, lost: set[str]) -> Iterator[Reservation]:
-        """A place on a replica, released at the end. `lost`: replicas not to try again. NoReplica or Overloaded when there is none."""
-        ready = [(replica, hello) for replica, hello in self._ready() if replica.member.replica_id not in lost]
+    def reserve(self, request: ValidRequest, lost: set[str], weights_digest: bytes | None = None) -> Iterator[Reservation]:
+        """A place on a replica, released at the end. `lost`: replicas not to try again; `weights_digest`: which it must have, where given.
+        NoReplica or Overloaded when there is none."""
+        ready = self._ready_but(lost, weights_digest)
         if not ready:
             raise NoReplica(self._why_none_is_ready())
         keys = self._prefix_keys(request, [hello for _, hello in ready])
@@ -142,7 +150,7 @@ class Router:
         chosen = self._policy.choose(RoutingContext(len(request.prompt_token_ids)), list(candidates.values()))
         replica, hello = next(entry for entry in ready if entry[0].member.replica_id == chosen.replica_id)
         self._index.record(_holder(hello), keys.get(_root_of(hello), []))
-        reservation = Reservation(replica, len(request.prompt_token_ids) - chosen.prefix_tokens)
+        reservation = Reservation(replica, hello, len(request.prompt_token_ids) - chosen.prefix_tokens)
         replica.num_requests += 1
         replica.uncached_tokens += reservation.uncached_tokens
         try:
@@ -154,6 +162,13 @@ class Router:
     def _ready(self) -> list[tuple[Replica, Hello]]:
         replicas = self._replicas.values()
         return [(replica, replica.channel.hello) for replica in replicas if replica.member.state == READY and replica.channel.hello]
+
+    def _ready_but(self, lost: set[str], weights_digest: bytes | None) -> list[tuple[Replica, Hello]]:
+        return [
+            (replica, hello)
+            for replica, hello in self._ready()
+            if replica.member.replica_id not in lost and weights_digest in (None, hello.weights_digest)
+        ]
 
     def _why_none_is_ready(self) -> str:
         states = [
@@ -192,8 +207,9 @@ class Router:
 class Reservation:
     """A request's place on a replica."""
 
-    def __init__(self, replica: Replica, uncached_tokens: int) -> None:
+    def __init__(self, replica: Replica, hello: Hello, uncached_tokens: int) -> None:
         self.replica = replica
+        self.hello = hello
         self.uncached_tokens = uncached_tokens
 
     def prompt_computed(self) -> None:
@@ -210,6 +226,7 @@ class Dispatch:
         self._request = request
         self._queue: OutputQueue | None = None
         self._aborted = False
+        self._num_deaths = 0  # of replicas that were sent it
         self.replica_id = ""  # where it runs, once it does
         self._ending = ("abort", 0)  # what the engine is told if the outputs are left before their end
 
@@ -226,28 +243,36 @@ class Dispatch:
     async def outputs(self) -> AsyncGenerator[list[RequestOutput], None]:
         """What the engine produces, in lists that are longer the later they are read. Ends after a finish reason.
 
-        Raises what the engine reports, DeadlinePassed, NoReplica, Overloaded, or ReplicaLost. The last is the place for resuming: a request
-        with the output so far (`ValidRequest.output_token_ids`) may go through the loop again.
+        Raises what the engine reports, DeadlinePassed, NoReplica, Overloaded, SuspectRequest, or ReplicaLost or GroupFailed where no other
+        replica can go on.
         """
-        lost: set[str] = set()
+        router, lost = self._router, set[str]()
+        router.suspects.check(self._request)
+        continuation = Continuation(self._request)
+        weights_digest: bytes | None = None  # of the replicas that something has come from
         while True:
-            has_started = False
             try:
-                with self._router.reserve(self._request, lost) as reservation:
+                request = continuation.request()
+                with router.reserve(request, lost, weights_digest) as reservation:
                     self.replica_id = reservation.replica.member.replica_id
                     lost.add(self.replica_id)
-                    async with contextlib.aclosing(self._run(reservation)) as batches:
+                    async with contextlib.aclosing(self._run(request, reservation)) as batches:
                         async for batch in batches:
-                            has_started = True
+                            weights_digest = reservation.hello.weights_digest
+                            continuation.saw(batch)
                             yield batch
                 return
-            except (ReplicaLost, GroupFailed):
-                if has_started or len(lost) >= _MAX_ATTEMPTS or not self._router.has_ready(lost):
+            except (ReplicaLost, GroupFailed) as error:
+                if self._num_deaths >= _MAX_DEATHS:
+                    router.suspects.add(self._request)
+                    raise SuspectRequest(f"a second replica has ended while it ran this request: {error}") from error
+                if (continuation.has_begun and weights_digest is None) or not router.has_ready(lost, weights_digest):
                     raise
+                log.warning("request %s goes on elsewhere: %s", self._request.request_id, error)
 
-    async def _run(self, reservation: Reservation) -> AsyncGenerator[list[RequestOutput], None]:
+    async def _run(self, request: ValidRequest, reservation: Reservation) -> AsyncGenerator[list[RequestOutput], None]:
         """The outputs of one attempt, on one replica."""
-        request, channel = self._request, reservation.replica.channel
+        channel = reservation.replica.channel
         wire_id = self._router.new_wire_id(request.request_id)
         loop = asyncio.get_running_loop()
         queue = self._queue = channel.open(_submit(wire_id, request, loop.time()), _max_unread(request))
@@ -272,6 +297,9 @@ class Dispatch:
                     raise BY_NAME.get(name, BY_NAME["MobulaError"])(message)
                 finished = last.finish_reason is not None
                 yield batch
+        except (ReplicaLost, GroupFailed):
+            self._num_deaths += 1
+            raise
         finally:
             if timer is not None:
                 timer.cancel()

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,10 @@ def eventually(condition: Callable[[], bool], timeout_s: float, what: str) -> No
         time.sleep(0.05)
 
 
+def new_mark() -> str:
+    return f"MOBULA_TEST_MARK={uuid.uuid4().hex}"
+
+
 def marked_processes(mark: str) -> dict[int, str]:
     """Command lines of the live processes that inherited the mark."""
     found = {}
@@ -104,11 +108,11 @@ def _is_in_use(path: Path) -> bool:
 class Served:
     """A `mobula` process of a test, its endpoint, and what it leaves behind."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.mark = f"MOBULA_TEST_MARK={uuid.uuid4().hex}"
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        self.mark = new_mark()
         self.shared_memory_before = shared_memory_files()
         name, value = self.mark.split("=")
-        environment = {**os.environ, name: value, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, name: value, "OMP_NUM_THREADS": "1", **(environment or {})}
         self.deployment = f"test-{value[:8]}"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "runtime.cli", *arguments, *(["--deployment", self.deployment] if arguments[0] == "serve" else [])],
@@ -185,9 +189,9 @@ def tiny_mla(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve(tiny_mla: Path) -> Iterator[Callable[..., Served]]:
     started: list[Served] = []
 
-    def start(*arguments: str, model: Path | None = None) -> Served:
+    def start(*arguments: str, model: Path | None = None, environment: Mapping[str, str] | None = None) -> Served:
         common = ("--port", "0", "--load-format", "dummy", "--kv-memory", "32MiB", "--store-memory", "128MiB", "--block-size", "16")
-        served = Served("serve", str(model or tiny_mla), *common, *arguments)
+        served = Served("serve", str(model or tiny_mla), *common, *arguments, environment=environment)
         started.append(served)
         served.wait_ready()
         return served

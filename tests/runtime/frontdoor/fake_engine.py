@@ -21,13 +21,14 @@ Plan = Callable[[Submit], list[RequestOutput]]
 
 
 def tokens_plan(token_ids: list[int] | None = None, cached: tuple[int, int, int, int] = (0, 0, 0, 0), tokens_per_step: int = 1) -> Plan:
-    """Produces `token_ids` over and over (default: 1), up to max_tokens or an end token, as an engine would."""
+    """Produces `token_ids` over and over (default: 1), up to max_tokens or an end token, as an engine would: without those that a request
+    brings along."""
 
     def plan(submit: Submit) -> list[RequestOutput]:
         source = token_ids or [1]
         produced = []
         reason = "length"
-        for index in range(submit.max_tokens):
+        for index in range(len(submit.output) // 4, submit.max_tokens):
             produced.append(source[index % len(source)])
             if produced[-1] in submit.end_token_ids:
                 reason = "stop"

@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client import generate_latest
 
 from cache_store.config import StoreConfig
 from cache_store.process import StoreProcess
@@ -24,7 +25,7 @@ from runtime.frontdoor.server import FrontDoor, FrontDoorConfig
 from runtime.frontdoor.service import SERVICE
 from runtime.routing.types import Membership, ReplicaMember, StoreMember
 from runtime.text.tokenizer import Tokenizer
-from tests.runtime.frontdoor.conftest import Setup, ids_request, membership, status_of, tokens_of
+from tests.runtime.frontdoor.conftest import Setup, ids_request, membership, status_of, text_of, tokens_of
 from tests.runtime.frontdoor.fake_engine import FakeEngine, eventually, tokens_plan
 from tests.runtime.frontdoor.model_folder import MAX_MODEL_LEN, write_model
 
@@ -134,15 +135,35 @@ async def test_a_request_moves_on_while_nothing_of_it_was_seen(run_engines: Call
         setup.check_idle()
 
 
-async def test_a_request_that_has_begun_is_not_tried_again(run_engines: Callable[..., Any]) -> None:
-    engines = [FakeEngine("r0", step_s=0.005), FakeEngine("r1")]
-    async with run_engines(*engines, policy="round_robin") as setup:
-        call = aiter(setup.stub.Generate(ids_request([5], max_tokens=400, ignore_eos=True), timeout=10))
-        await anext(call)
-        await engines[0].stop()
-        assert (await status_of(call)).code() == grpc.StatusCode.UNAVAILABLE
-        assert not engines[1].submitted
+async def test_a_request_that_has_begun_goes_on_at_another_replica(run_engines: Callable[..., Any]) -> None:
+    """Its client sees one output: tokens, text and usage as if nothing had happened, and a stop string that spans the break."""
+    words = list(range(20, 60))
+    engines = {name: FakeEngine(name, tokens_plan(words), step_s=0.005) for name in ("r0", "r1")}
+    async with run_engines(*engines.values(), policy="round_robin") as setup:
+        for stop in ("", "spans the break"):
+            request = ids_request([5], max_tokens=40, ignore_eos=True)
+            unbroken = await setup.generate(request)
+            if stop:
+                request.sampling.stop.append(text_of(unbroken)[3:12])
+                unbroken = await setup.generate(request)
+            call = aiter(setup.stub.Generate(request, timeout=10))
+            events = [await anext(call) for _ in range(3)]
+            first = engines[events[0].started.replica_id]
+            await first.stop()
+            events += [event async for event in call]
+            assert tokens_of(events) == tokens_of(unbroken)
+            assert text_of(events) == text_of(unbroken)
+            assert [event.HasField("started") for event in events].count(True) == 1
+            assert events[-1].finished.usage == unbroken[-1].finished.usage
+            assert (events[-1].finished.reason, events[-1].finished.stop_match) == (
+                unbroken[-1].finished.reason,
+                unbroken[-1].finished.stop_match,
+            )
+            await first.start(first.port)
+            await eventually(lambda: len(setup.door.router._ready()) == 2)
         await eventually(lambda: set(setup.door.router.reserved().values()) == {(0, 0)})
+        metrics = generate_latest(setup.door.metrics.registry).decode()
+        assert "mobula:request_resumes_total 2.0" in metrics
 
 
 async def test_a_wrong_secret_keeps_the_replica_out(folder: Path) -> None:

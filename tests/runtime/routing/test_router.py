@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
+import time
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
 
-from runtime.engine.frames import RequestOutput, Submit
-from runtime.errors import DeadlinePassed, NoReplica, Overloaded, ReplicaLost
+from runtime.engine.frames import Load, RequestOutput, Submit
+from runtime.errors import DeadlinePassed, NoReplica, Overloaded, ReplicaLost, SuspectRequest
 from runtime.request import StopConditions, ValidRequest
 from runtime.routing.engine_channel import ChannelSettings
 from runtime.routing.policies import make_policy
@@ -134,6 +136,105 @@ async def test_late_outputs_of_an_old_request_do_not_reach_a_new_one_of_the_same
     engine.plan = tokens_plan([7])
     assert await read(router, a_request("same")) == [7] * 5
     assert len({submit.request_id for submit in engine.submitted}) == 2
+
+
+@pytest.fixture
+async def two(engine: FakeEngine) -> AsyncIterator[tuple[Router, FakeEngine, FakeEngine]]:
+    """A router with two engines that count up; requests go to the first."""
+    words = list(range(10, 400))
+    first, second = engine, FakeEngine("r1", tokens_plan(words))
+    first.plan, first.step_s, second.step_s = tokens_plan(words), 0.005, 0.005
+    await second.start()
+    router = Router(make_policy("least_loaded"), ChannelSettings(heartbeat_s=0.1, silence_limit_s=2.0))
+    await router.set_membership(members(1, first, second))
+    await eventually(lambda: len(router._ready()) == 2)
+    yield router, first, second
+    await router.close()
+    await second.stop()
+
+
+async def read_and_break(router: Router, request: ValidRequest, *engines: FakeEngine) -> list[int]:
+    """Ends the engines, one after the other, each once some of its tokens have come."""
+    tokens: list[int] = []
+    breaks = list(engines)
+    num_before = 0
+    async with asyncio.timeout(10), aclosing(router.dispatch(request).outputs()) as batches:
+        async for batch in batches:
+            tokens += [token for output in batch for token in output.token_ids]
+            if breaks and len(tokens) >= num_before + 3:
+                num_before = len(tokens)
+                await breaks.pop(0).stop()
+    return tokens
+
+
+async def test_a_request_goes_on_with_its_output_where_its_replica_dies(two: tuple[Router, FakeEngine, FakeEngine]) -> None:
+    router, first, second = two
+    now_s = asyncio.get_running_loop().time()
+    request = dataclasses.replace(a_request(max_tokens=30, deadline_s=now_s + 60), sampling=SamplingSettings(seed=7))
+    assert await read_and_break(router, request, first) == list(range(10, 40))
+    [submit] = second.submitted
+    brought = array("I", submit.output)
+    assert list(brought) == list(range(10, 10 + len(brought)))
+    assert len(brought) >= 3
+    assert submit.prompt == request.prompt_token_ids.tobytes()
+    assert (submit.max_tokens, submit.sampling) == (30, list(request.sampling)), "limits and draws count from the first token"
+    assert submit.timeout_s is not None
+    assert submit.timeout_s < 60
+    assert router.reserved() == {"r0": (0, 0), "r1": (0, 0)}
+
+
+async def test_a_request_that_has_begun_goes_on_with_the_same_weights_only(two: tuple[Router, FakeEngine, FakeEngine]) -> None:
+    router, first, second = two
+    await second.stop()
+    second.hello = second.hello._replace(weights_digest=b"other weights...")
+    await second.start(second.port)
+    await eventually(lambda: len(router._ready()) == 2)
+    with pytest.raises(ReplicaLost):
+        await read_and_break(router, a_request(max_tokens=30), first)
+    assert second.submitted == []
+
+
+async def test_prompt_positions_that_were_scored_are_not_scored_again(two: tuple[Router, FakeEngine, FakeEngine]) -> None:
+    router, first, second = two
+
+    def plan(submit: Submit) -> list[RequestOutput]:
+        scores = [[(1, -1.0)]] * 8
+        outputs = [RequestOutput(submit.request_id, [], prompt_logprobs=scores) for _ in range(4)]
+        return [*outputs, RequestOutput(submit.request_id, [5], prompt_logprobs=scores[:7], finish_reason="length", timings=[0, 0])]
+
+    first.plan = plan
+    request = dataclasses.replace(a_request(max_tokens=1), sampling=SamplingSettings(num_prompt_logprobs=0))
+    async with asyncio.timeout(10), aclosing(router.dispatch(request).outputs()) as batches:
+        num_scored = 0
+        async for batch in batches:
+            num_scored += sum(len(output.prompt_logprobs or []) for output in batch)
+            if second.submitted:
+                break
+            await first.stop()
+    [submit] = second.submitted
+    assert SamplingSettings(*submit.sampling).prompt_logprobs_start == 1 + num_scored
+    assert 0 < num_scored < 39
+
+
+async def test_a_request_that_two_replicas_die_of_is_refused_for_a_while(
+    two: tuple[Router, FakeEngine, FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router, first, second = two
+    third = FakeEngine("r2")
+    await third.start()
+    await router.set_membership(members(2, first, second, third))
+    await eventually(lambda: len(router._ready()) == 3)
+    third.load = Load(50, 0, 0)  # so that the others are chosen before it
+    await eventually(lambda: router.channel("r2").load.num_running == 50)  # type: ignore[union-attr]
+    with pytest.raises(SuspectRequest):
+        await read_and_break(router, a_request(max_tokens=100), first, second)
+    assert third.submitted == []
+    with pytest.raises(SuspectRequest, match="refused for 60 s"):
+        await read(router, a_request("again", max_tokens=100))
+    assert await read(router, a_request("another", num_prompt=39)) == [1] * 5
+    monkeypatch.setattr(router.suspects, "_clock", lambda: time.monotonic() + 60.0)
+    assert await read(router, a_request("later")) == [1] * 5
+    await third.stop()
 
 
 async def test_reservations_are_zero_after_any_ending(router: Router, engine: FakeEngine) -> None:
