@@ -138,8 +138,13 @@ def uninterrupted() -> Iterator[None]:
 
 
 def launch(settings: ServeSettings, session: RaySession, *, front_doors: bool, owned: bool) -> Deployment:
-    """Creates the controller; it creates the rest. DeploymentError when one of that name runs already."""
+    """Creates the controller; it creates the rest. DeploymentError when one of that name runs already.
+
+    An owner's controller stays on the owner's node. Elsewhere it could be on a node that dies, and Ray takes 15 s to call a node dead; it
+    restarts the controller of a detached deployment then.
+    """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from runtime.controller.controller import Controller
 
@@ -163,6 +168,7 @@ def launch(settings: ServeSettings, session: RaySession, *, front_doors: bool, o
         "max_restarts": -1,
         "max_concurrency": 8,
         "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(session.node_id, soft=not owned),
     }
     controller = ray.remote(Controller).options(**options).remote(spec)
     return Deployment(spec, session, controller)
