@@ -77,7 +77,8 @@ class RankParts(NamedTuple):
 
 
 MODEL = RankParts()
-PRELOADED = ("torch", "workers.runner", "workers.attention.flashinfer", "flashinfer")  # the last where torch sees a CUDA device
+PRELOADED = ("torch", "workers.runner")
+PRELOADED_ON_CUDA = ("workers.attention.flashinfer", "flashinfer")
 ECHO = RankParts("workers.echo:EchoRunner", "workers.echo:NoCommunicator")
 
 
@@ -329,8 +330,8 @@ def preload() -> threading.Thread:
     def run() -> None:
         with contextlib.suppress(Exception):
             for name in PRELOADED:
-                if name == "workers.attention.flashinfer" and not sys.modules["torch"].cuda.is_available():
-                    return
+                importlib.import_module(name)
+            for name in PRELOADED_ON_CUDA if sys.modules["torch"].cuda.is_available() else ():
                 importlib.import_module(name)
 
     thread = threading.Thread(target=run, name="preload", daemon=True)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
 _RAY_OBJECT_STORE_BYTES = 80 << 20  # we pass no objects through it; Ray's minimum is 75 MiB
-_START_ENVIRONMENT = {
+START_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # with a 127.0.0.1 node address: listen on loopback only
     "RAY_USAGE_STATS_ENABLED": "0",
     # When a raylet dies its workers kill their children; a store must rather see the end of its pipe and remove its files.
@@ -66,7 +66,7 @@ def ray_shutdown() -> None:
 def ray_session(deployment_namespace: str, *, address: str | None = None) -> Iterator[RaySession]:
     """Joins the cluster at `address` or RAY_ADDRESS, else starts a local one that ends with this block."""
     target = address or os.environ.get("RAY_ADDRESS")
-    for name, value in _START_ENVIRONMENT.items():
+    for name, value in START_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 

@@ -45,12 +45,14 @@ _Context = grpc.aio.ServicerContext[bytes, bytes]
 class _Stream:
     """One front door. Belongs to the server's loop."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, hello: frames.Hello) -> None:
         self.number = number
+        self.hello = hello  # as it was last told
         self.queue: asyncio.Queue[frames.Frame] = asyncio.Queue(MAX_UNSENT_FRAMES)
         self.overflowed = asyncio.Event()
         self.last_load: Load | None = None
         self.last_sent_s = 0.0
+        self.put(hello)
 
     def put(self, frame: frames.Frame) -> None:
         try:
@@ -127,8 +129,11 @@ class EngineServer:
         assert self._engine is not None
         while True:
             await asyncio.sleep(LOAD_EVERY_S)
-            load, now_s = self._engine.load, time.monotonic()
+            load, hello, now_s = self._engine.load, self._engine.hello(), time.monotonic()
             for stream in self._streams.values():
+                if hello != stream.hello:  # it knows its weights now
+                    stream.hello = hello
+                    stream.put(hello)
                 silent_s = now_s - stream.last_sent_s
                 if silent_s >= (LOAD_EVERY_S / 2 if load != stream.last_load else HEARTBEAT_EVERY_S - LOAD_EVERY_S / 2):
                     stream.put(StepFrame([], load))
@@ -139,8 +144,7 @@ class EngineServer:
         secret = next((value for key, value in context.invocation_metadata() or () if key == frames.SECRET_HEADER), "")
         if not hmac.compare_digest(str(secret).encode(), self._secret.encode()):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the engine channel needs the cluster's secret")
-        stream = _Stream(next(self._numbers))
-        stream.put(self._engine.hello())
+        stream = _Stream(next(self._numbers), self._engine.hello())
         self._streams[stream.number] = stream
         tasks = [
             asyncio.create_task(self._read(stream, context)),

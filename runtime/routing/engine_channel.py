@@ -188,6 +188,8 @@ class EngineChannel:
                     reply = self._queries.get(frame.query_id)
                     if reply is not None and not reply.done():
                         reply.set_result(frame)
+                elif isinstance(frame, Hello):
+                    self.hello = frame
                 else:
                     raise ValueError(f"the engine sent a {type(frame).__name__}")
 

@@ -21,7 +21,9 @@ class Suspects:
         self._until_s: OrderedDict[bytes, float] = OrderedDict()
 
     def add(self, request: ValidRequest) -> None:
-        self._until_s[_identity(request)] = self._clock() + REFUSED_S
+        identity = _identity(request)
+        self._until_s.pop(identity, None)  # they stay in the order of their ends
+        self._until_s[identity] = self._clock() + REFUSED_S
         if len(self._until_s) > MAX_SUSPECTS:
             self._until_s.popitem(last=False)
 

@@ -14,6 +14,7 @@ import pytest
 
 from protos import inference_pb2 as pb
 from runtime.client import Completion, InferenceClient
+from runtime.controller.ray_cluster import START_ENVIRONMENT
 from tests.cluster.conftest import Served, eventually, ids_request, marked_processes, new_mark, wait_for_offers
 
 pytestmark = pytest.mark.cluster
@@ -32,12 +33,7 @@ for _ in sys.stdin:
     print("removed", flush=True)
 cluster.shutdown()
 """
-RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_kill_child_processes_on_worker_exit": "0",
-}
+RAY_ENVIRONMENT = {**START_ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}
 REPLACED_S = 30.0
 NUM_SHARED = 1536  # more than a replica computes before it would ask
 DEPLOYED = ("ray::Controller", "Actor", "cache_store.server")

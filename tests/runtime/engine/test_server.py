@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from array import array
 from collections.abc import AsyncIterator, Iterator
@@ -226,6 +227,25 @@ async def test_the_load_is_told_while_it_changes_and_seldom_while_not(served: Se
         loads = [await front.read() for _ in range(2)]
         assert time.monotonic() - began_s >= 1.0, "an idle engine says so once a second"
         assert loads == [StepFrame([], Load(0, 0, 0))] * 2
+
+
+async def test_the_weights_are_told_once_they_are_known() -> None:
+    known = threading.Event()
+
+    def digest() -> bytes:
+        known.wait(WAIT_S)
+        return b"weights"
+
+    served = Served(RealtimeGroup(make_info(64, weights_digest=None)), digest=digest)
+    try:
+        async with door(served) as front:
+            assert (await front.read()).weights_digest is None  # type: ignore[union-attr]
+            known.set()
+            while not isinstance(hello := await front.read(), Hello):
+                pass
+            assert (hello.weights_digest, hello.root) == (b"weights", served.engine.hello().root)
+    finally:
+        served.close()
 
 
 async def test_a_dead_group_is_told_to_its_front_doors() -> None:

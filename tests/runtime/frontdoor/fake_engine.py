@@ -55,6 +55,7 @@ class FakeEngine:
         self.load = Load(0, 0, 0)
         self.running = asyncio.Event()  # clear it to hold the steps
         self.running.set()
+        self.news: list[Hello] = []  # sent with the next answer to a status query
         self.answers_status = True
         self.step_age_s = 0.5
         self.port = 0
@@ -86,6 +87,8 @@ class FakeEngine:
         try:
             while not reader.done():
                 wake.clear()
+                while replies and self.news:
+                    await context.write(frames.encode(self.news.pop()))
                 while replies:
                     await context.write(frames.encode(replies.popleft()))
                 if live and self.running.is_set():

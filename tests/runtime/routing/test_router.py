@@ -194,6 +194,15 @@ async def test_a_request_that_has_begun_goes_on_with_the_same_weights_only(two: 
     assert second.submitted == []
 
 
+async def test_an_engine_may_say_later_what_its_weights_are(router: Router, engine: FakeEngine) -> None:
+    engine.hello = engine.hello._replace(weights_digest=b"known by now....")
+    engine.news.append(engine.hello)
+    channel = router.channel("r0")
+    assert channel is not None
+    await eventually(lambda: channel.hello == engine.hello)
+    assert await read(router, a_request()) == [1] * 5
+
+
 async def test_prompt_positions_that_were_scored_are_not_scored_again(two: tuple[Router, FakeEngine, FakeEngine]) -> None:
     router, first, second = two
 
