@@ -3,8 +3,8 @@
 Lengths are known on the host without asking the device: a step that samples adds one token, whichever it is. Sampled tokens themselves
 stay on the device: `last_tokens` feeds the next step. Nothing here waits for the device: what it needs is copied from pinned memory.
 
-A step of decode rows alone may run as a captured graph. Then it is padded to a captured size with rows that write to the null page, and its
-numbers go to the addresses that the graph reads.
+A step of decode rows alone, or of one short rest of a prompt, may run as a captured graph. Then it is padded to a captured size with rows
+or tokens that write to the null page, and its numbers go to the addresses that the graph reads.
 """
 
 from __future__ import annotations
@@ -32,20 +32,29 @@ _READ_AHEAD_PAGES = 256  # kernels may look up pages of a whole tile of keys, be
 
 
 class GraphInputs:
-    """Where a captured graph of `size` decode rows reads its step: int64 words, one column per row, then the rows' pages as int32."""
+    """Where a captured graph reads its step: int64 words, a column per number of a token or of a row, then the rows' pages as int32.
 
-    def __init__(self, size: int, max_pages: int, null_slot: int, device: torch.device) -> None:
-        self.size = size
-        self._words = torch.zeros(5 * size + -(-max_pages // 2), dtype=torch.int64, device=device)
-        self.slots, self.positions, self.pages, self.offsets, self.seq_lens = self._words[: 5 * size].view(5, size).unbind()
-        self.kv_pages = self._words[5 * size :].view(torch.int32)
+    A graph is of decode rows, with a token each that it looks up by the row's slot, or of `num_tokens` of one prompt.
+    """
+
+    def __init__(self, num_rows: int, num_tokens: int, max_pages: int, null_slot: int, device: torch.device) -> None:
+        self.num_rows, self.num_tokens, self.max_pages = num_rows, num_tokens, max_pages
+        counts = [num_tokens] * 4 + [num_rows] * 3
+        self._words = torch.zeros(sum(counts) + -(-max_pages // 2), dtype=torch.int64, device=device)
+        *columns, pages = self._words.split([*counts, len(self._words) - sum(counts)])
+        self.ids, self.positions, self.pages, self.offsets, self.slots, self.seq_lens, self.last = columns
+        self.kv_pages = pages.view(torch.int32)
         self.slots.fill_(null_slot)
         self.seq_lens.fill_(1)
 
+    @property
+    def is_prompt(self) -> bool:
+        return self.num_tokens != self.num_rows
+
     def fill(self, columns: Sequence[np.ndarray], kv_pages: np.ndarray) -> None:
-        """`columns` in the order of the attributes, each of `size`."""
-        words = np.concatenate([*columns, _as_words(kv_pages)])
-        self._words[: len(words)].copy_(torch.from_numpy(words).pin_memory(), non_blocking=True)
+        """`columns` in the order of the attributes, padded."""
+        words = torch.from_numpy(np.concatenate([*columns, _as_words(kv_pages)]))
+        self._words[: len(words)].copy_(words.pin_memory() if self._words.is_cuda else words, non_blocking=True)
 
 
 def _as_words(values: np.ndarray) -> np.ndarray:
@@ -86,12 +95,13 @@ class Batch:
         self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device, *, has_block_table: bool = True
     ) -> None:
         """`has_block_table`: whether steps come with one."""
+        self.max_model_len, self.block_size = max_model_len, block_size
         self.max_blocks = -(-max_model_len // block_size)
         self.null_slot = max_num_seqs  # of padding
-        self.graphs: list[GraphInputs] = []  # captured sizes, ascending
+        self.decode_graphs: list[GraphInputs] = []  # captured sizes, ascending
+        self.prompt_graphs: list[GraphInputs] = []
         self._device = device
         self._on_cuda = device.type == "cuda"
-        self._block_size = block_size
         self._slots: dict[int, int] = {}
         self._free = list(range(max_num_seqs))[::-1]
         self._known_tokens: list[np.ndarray] = [np.empty(0, np.uint32)] * max_num_seqs  # as of admission
@@ -167,14 +177,14 @@ class Batch:
         before = self._num_computed[slots]
         after = before + num_queries
         assert (after <= self._num_known[slots]).all(), "a row would compute tokens that it does not have"
-        assert (after <= self._num_pages[slots] * self._block_size).all(), "a row would write beyond its pages"
+        assert (after <= self._num_pages[slots] * self.block_size).all(), "a row would write beyond its pages"
         starts = np.concatenate(([0], np.cumsum(num_queries)))
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - before, num_queries)
-        blocks, offsets = np.divmod(positions, self._block_size)
+        blocks, offsets = np.divmod(positions, self.block_size)
         pages = self._block_table[np.repeat(slots, num_queries), blocks]
         sampled = np.flatnonzero(after == self._num_known[slots])
         scores = self._prompt_scores(slots, order, before, after, starts)
-        graph = self._graph_for(len(slots)) if num_decode == len(slots) and not scores else None
+        graph = None if scores else self._graph_for(len(slots), num_decode, len(positions), len(sampled))
         lay_out = self._lay_out_graph if graph is not None else self._lay_out_eager
         step = StepInput(
             **lay_out(graph, slots, num_decode, before, after, starts, positions, pages, offsets, sampled),
@@ -194,21 +204,27 @@ class Batch:
             last = np.array([self._known_tokens[slot][-1] for slot in slots], np.int64)
             self.last_tokens[to_device(slots, self._device)] = to_device(last, self._device)
 
-    def _graph_for(self, num_rows: int) -> GraphInputs | None:
-        """The smallest captured size that holds so many rows."""
-        return next((graph for graph in self.graphs if graph.size >= num_rows), None)
+    def _graph_for(self, num_rows: int, num_decode: int, num_tokens: int, num_sampled: int) -> GraphInputs | None:
+        """The smallest captured one that holds the step."""
+        if num_decode == num_rows:
+            graphs = self.decode_graphs
+        elif num_rows == num_sampled == 1:
+            graphs = self.prompt_graphs
+        else:
+            return None
+        return next((graph for graph in graphs if graph.num_tokens >= num_tokens), None)
 
     def _lay_out_eager(
         self, _graph: None, slots: np.ndarray, num_decode: int, before: np.ndarray, after: np.ndarray, starts: np.ndarray,
         positions: np.ndarray, pages: np.ndarray, offsets: np.ndarray, sampled: np.ndarray,
     ) -> dict[str, Any]:  # fmt: skip
-        host_ids = [self._known_tokens[slots[row]][before[row] : after[row]] for row in range(num_decode, len(slots))]
-        last_block = (after - 1) // self._block_size
-        is_started = (last_block > (before - 1) // self._block_size) & (after % self._block_size != 0)
+        host_ids = self._host_ids(slots[num_decode:], before[num_decode:], after[num_decode:])
+        last_block = (after - 1) // self.block_size
+        is_started = (last_block > (before - 1) // self.block_size) & (after % self.block_size != 0)
         started = self._block_table[slots[is_started], last_block[is_started]]
         kv_starts, kv_pages = self._kv_pages(slots, last_block) if self._on_cuda else (None, np.empty(0, np.int32))
         device = self._send(
-            slots, np.concatenate([np.empty(0, np.uint32), *host_ids]), positions, pages, offsets, after, starts[sampled + 1] - 1, started,
+            slots, host_ids, positions, pages, offsets, after, starts[sampled + 1] - 1, started,
             slots[sampled], _as_words(np.concatenate((kv_pages, np.full(_READ_AHEAD_PAGES, NULL_PAGE, np.int32)))),
         )  # fmt: skip
         device_slots, device_ids, device_positions, device_pages, device_offsets, device_after, sampled_tokens, started_pages = device[:8]
@@ -236,35 +252,45 @@ class Batch:
         self, graph: GraphInputs, slots: np.ndarray, num_decode: int, before: np.ndarray, after: np.ndarray, starts: np.ndarray,
         positions: np.ndarray, pages: np.ndarray, offsets: np.ndarray, sampled: np.ndarray,
     ) -> dict[str, Any]:  # fmt: skip
-        """Decode rows alone, all of which sample. Padding: one token at the start of the null page."""
-        padding = graph.size - len(slots)
-        kv_starts, kv_pages = self._kv_pages(slots, before // self._block_size)
-        kv_starts = np.concatenate((kv_starts, kv_starts[-1] + np.arange(1, padding + 1, dtype=np.int32)))
-        kv_pages = np.concatenate((kv_pages, np.full(padding, NULL_PAGE, np.int32)))
+        """Rows that all sample. Padding: one token at the start of the null page for each row."""
+        num_rows, num_padding_rows, num_padding = graph.num_rows, graph.num_rows - len(slots), graph.num_tokens - len(positions)
+        ids = self._host_ids(slots, before, after) if graph.is_prompt else np.zeros(len(positions))
+        kv_starts, kv_pages = self._kv_pages(slots, (after - 1) // self.block_size)
+        kv_starts = np.concatenate((kv_starts, kv_starts[-1] + np.arange(1, num_padding_rows + 1, dtype=np.int32)))
+        kv_pages = np.concatenate((kv_pages, np.full(num_padding_rows, NULL_PAGE, np.int32)))
+        by_token = [(ids, 0), (positions, 0), (pages, NULL_PAGE), (offsets, 0)]
+        by_row = [(slots, self.null_slot), (after, 1), (starts[1:] - 1, 0)]
         columns = [
-            np.concatenate((values, np.full(padding, filler, np.int64)))
-            for values, filler in ((slots, self.null_slot), (positions, 0), (pages, NULL_PAGE), (offsets, 0), (after, 1))
+            np.concatenate((values, np.full(count, filler))).astype(np.int64, copy=False)
+            for column, count in ((by_token, num_padding), (by_row, num_padding_rows))
+            for values, filler in column
         ]
         graph.fill(columns, kv_pages)
         attention = AttentionBatch(
-            num_decode_rows=graph.size,
-            query_starts=range(graph.size + 1),
-            seq_lens=columns[4],
+            num_decode_rows=0 if graph.is_prompt else num_rows,
+            query_starts=starts.tolist() if graph.is_prompt else range(num_rows + 1),
+            seq_lens=columns[5],
             device_seq_lens=graph.seq_lens,
             block_table=self._device_table,
             pages=graph.pages,
             offsets=graph.offsets,
             kv_pages=graph.kv_pages[: len(kv_pages)],
             kv_starts=kv_starts,
+            is_captured=True,
         )
         return {
             "attention": attention,
-            "ids": graph.slots,  # the graph looks the tokens up
+            "ids": graph.ids,
             "positions": graph.positions,
             "started_pages": graph.slots[:0],  # flashinfer's kernels never read behind a row's end
             "sampled_tokens": graph.slots[:0],
             "sampled_device_slots": graph.slots[: len(slots)],
         }
+
+    def _host_ids(self, slots: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """Tokens [before, after) of some slots, all known since their admission, one row after the other; uint32."""
+        known = [self._known_tokens[slot][start:stop] for slot, start, stop in zip(slots, before, after, strict=True)]
+        return np.concatenate([np.empty(0, np.uint32), *known])
 
     def _kv_pages(self, slots: np.ndarray, last_block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The pages of some slots up to their last block, one row after the other, and where each row's begin; int32."""

@@ -1,8 +1,9 @@
 """Steps as captured CUDA graphs: a replay costs the host one launch instead of dozens.
 
-    decode rows alone     one graph from tokens to logits, per padded number of rows
-    anything else         a graph for what lies between two attentions, per layer and padded number of tokens; attention itself, which
-                          depends on the rows, is launched between them
+    decode rows alone           one graph from tokens to logits, per padded number of rows
+    one short rest of a prompt  the same, per padded number of tokens: a step so short would wait for the host that launches its kernels
+    anything else               a graph for what lies between two attentions, per layer and padded number of tokens; attention itself, which
+                                depends on the rows, is launched between them
 
 A step fills the inputs that graphs read and the backend plans its lengths; then graphs are replayed on the stream of all other work. All
 share one memory pool, largest first, since only one runs at a time; results are read before the next replay is launched behind them.
@@ -25,6 +26,7 @@ from workers.step import NULL_PAGE
 
 _SMALL_SIZES = (1, 2, 4, 8)
 _STEP_SIZE = 16
+_PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256)
 _NUM_WARM_UPS = 2  # kernels are built and tuned on first use, which must not happen while capturing
 
 Progress = Callable[[str, int, int], None]
@@ -37,39 +39,54 @@ def captured_sizes(max_num_seqs: int) -> list[int]:
     return sorted({min(size, max_num_seqs) for size in sizes})
 
 
-class DecodeGraphs:
-    """Captured on construction, which fills `batch.graphs`."""
+def captured_prompts(max_tokens: int) -> list[int]:
+    """Padded numbers of tokens of one prompt."""
+    return sorted({min(size, max_tokens) for size in _PROMPT_SIZES} - {0, 1})
 
-    def __init__(self, model: DecoderModel, backend: AttentionBackend, batch: Batch, max_num_seqs: int, progress: Progress) -> None:
-        self._backend = backend
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        sizes = captured_sizes(max_num_seqs)
+
+class StepGraphs:
+    """Captured on construction, which fills the batch's lists of them."""
+
+    def __init__(
+        self, model: DecoderModel, backend: AttentionBackend, batch: Batch, max_num_seqs: int, max_tokens: int, progress: Progress
+    ) -> None:
+        """`max_tokens` of a step."""
+        self._model, self._backend, self._batch = model, backend, batch
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        device = batch.last_tokens.device
+        shapes = [(size, size, size * batch.max_blocks) for size in captured_sizes(max_num_seqs)]
+        shapes += [(1, size, batch.max_blocks) for size in captured_prompts(min(max_tokens, batch.max_model_len))]
         pool = None
-        progress("graphs", 0, len(sizes))
-        for number, size in enumerate(reversed(sizes), start=1):
-            inputs = GraphInputs(size, size * batch.max_blocks, batch.null_slot, batch.last_tokens.device)
-            backend.reserve_graph(size, size * batch.max_blocks)
-            backend.begin_graph(_padding(inputs))
-
-            def run(inputs: GraphInputs = inputs) -> torch.Tensor:
-                hidden_BH = model(batch.last_tokens[inputs.slots], inputs.positions, backend)
-                return model.logits(hidden_BH)
-
-            for _ in range(_NUM_WARM_UPS):
-                run()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits_BV = run()
+        progress("graphs", 0, len(shapes))
+        for number, shape in enumerate(sorted(shapes, key=lambda shape: -shape[1]), start=1):
+            inputs = GraphInputs(*shape, batch.null_slot, device)
+            self._graphs[inputs.num_rows, inputs.num_tokens] = graph, _ = self._capture(inputs, pool)
             pool = graph.pool()
-            self._graphs[size] = graph, logits_BV
-            batch.graphs.insert(0, inputs)
-            progress("graphs", number, len(sizes))
+            (batch.prompt_graphs if inputs.is_prompt else batch.decode_graphs).insert(0, inputs)
+            progress("graphs", number, len(shapes))
+
+    def _capture(self, inputs: GraphInputs, pool: tuple[int, int] | None) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """The graph, and where it leaves the logits [rows, V]."""
+        self._backend.reserve_graph(inputs.num_rows, inputs.num_tokens, inputs.max_pages)
+        self._backend.begin_graph(_padding(inputs, self._batch.block_size))
+
+        def run() -> torch.Tensor:
+            ids_T = inputs.ids if inputs.is_prompt else self._batch.last_tokens[inputs.slots]
+            hidden_TH = self._model(ids_T, inputs.positions, self._backend)
+            return self._model.logits(hidden_TH[inputs.last] if inputs.is_prompt else hidden_TH)
+
+        for _ in range(_NUM_WARM_UPS):
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = run()
+        return graph, logits
 
     def replay(self, attention: AttentionBatch, num_rows: int) -> torch.Tensor:
         """Logits [rows, V] of a step that the batch has laid out for a graph; valid until the next replay."""
         self._backend.begin_graph(attention)
-        graph, logits_BV = self._graphs[attention.num_rows]
+        graph, logits_BV = self._graphs[attention.num_rows, len(attention.pages)]
         graph.replay()
         return logits_BV[:num_rows]
 
@@ -169,17 +186,20 @@ def piece_sizes(max_tokens: int) -> list[int]:
     return sorted({min(size, max_tokens) for size in sizes})
 
 
-def _padding(inputs: GraphInputs) -> AttentionBatch:
-    """A batch of padding alone."""
-    size = inputs.size
+def _padding(inputs: GraphInputs, block_size: int) -> AttentionBatch:
+    """A batch of padding alone, all of it in the null page."""
+    num_rows, num_tokens = inputs.num_rows, inputs.num_tokens
+    length = num_tokens if inputs.is_prompt else 1
+    num_pages = -(-length // block_size)
     return AttentionBatch(
-        num_decode_rows=size,
-        query_starts=range(size + 1),
-        seq_lens=np.ones(size, np.int64),
+        num_decode_rows=0 if inputs.is_prompt else num_rows,
+        query_starts=[0, num_tokens] if inputs.is_prompt else range(num_rows + 1),
+        seq_lens=np.full(num_rows, length),
         device_seq_lens=inputs.seq_lens,
         block_table=inputs.slots,
         pages=inputs.pages,
         offsets=inputs.offsets,
-        kv_pages=torch.full((size,), NULL_PAGE, dtype=torch.int32, device=inputs.slots.device),
-        kv_starts=np.arange(size + 1, dtype=np.int32),
+        kv_pages=torch.full((num_rows * num_pages,), NULL_PAGE, dtype=torch.int32, device=inputs.slots.device),
+        kv_starts=np.arange(0, num_rows * num_pages + 1, num_pages, dtype=np.int32),
+        is_captured=True,
     )

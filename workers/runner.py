@@ -85,15 +85,15 @@ class Runner:
             device,
             has_block_table=self._backend.reads_block_table,
         )
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._pieces: PieceGraphs | None = None
         if device.type == "cuda" and self._backend.has_graphs and config.cuda_graphs:
-            from workers.graphs import DecodeGraphs, PieceGraphs
+            from workers.graphs import PieceGraphs, StepGraphs
 
             with torch.inference_mode():
                 max_piece_tokens = min(max_num_batched_tokens, _MAX_PIECE_TOKENS)
                 self._pieces = PieceGraphs(self._model, self._backend, max_piece_tokens, device, progress)
-                self._graphs = DecodeGraphs(self._model, self._backend, self._batch, config.max_num_seqs, progress)
+                self._graphs = StepGraphs(self._model, self._backend, self._batch, config.max_num_seqs, max_num_batched_tokens, progress)
         if self.is_asynchronous:
             limits = config.max_num_seqs, max_num_batched_tokens, self.max_model_len
             plans = list(first_plans(*limits, self.layout.block_size, _MAX_PIECE_TOKENS + 1))

@@ -24,11 +24,11 @@ from runtime.engine.store_port import RemoteStore, StoreState
 from tests.bench.gpu_shapes import MAX_MODEL_LEN
 from tests.bench.gpu_workloads import POOL_TOKENS, Answer, Prompt
 from workers.config import WorkerConfig
-from workers.group import GroupListener
+from workers.group import GroupListener, RankGroup
 from workers.kv.layout import page_layout
 from workers.local import spawn_ranks
 from workers.models.config import load_model_config
-from workers.step import SamplingSettings
+from workers.step import SamplingSettings, WorkerGroup
 
 DEVICE = "cuda"
 LOAD_TIMEOUT_S = 600.0
@@ -57,6 +57,9 @@ class LateStore(RemoteStore):
 
     def attach(self) -> None:
         self._starts.get(timeout=SETTLE_TIMEOUT_S)()
+
+
+Watch = tuple[Callable[[RankGroup], WorkerGroup], Callable[[str, str], LateStore]]
 
 
 class GpuEngine:
@@ -133,8 +136,8 @@ def serving(folder: Path, load_format: str) -> Iterator[GpuEngine]:
 
 
 @contextlib.contextmanager
-def storing(folder: Path, load_format: str) -> Iterator[GpuEngine]:
-    """With pages for POOL_TOKENS, and a store that `attach_store` makes known."""
+def storing(folder: Path, load_format: str, watch: Watch | None = None) -> Iterator[GpuEngine]:
+    """With pages for POOL_TOKENS, and a store that `attach_store` makes known. `watch`: wraps the group, and makes the port."""
     config = load_model_config(folder)
     layout = page_layout(config, block_size=None, dtype=config.dtype, tensor_parallel_size=1, rank=0)
     pool_bytes = POOL_TOKENS // layout.block_size * layout.page_bytes
@@ -142,19 +145,22 @@ def storing(folder: Path, load_format: str) -> Iterator[GpuEngine]:
     secret = secrets.token_hex(8)
     with StoreProcess(StoreConfig(memory_bytes=STORE_BYTES, secret=secret)) as store:
         address = store.start(STORE_START_TIMEOUT_S)
-        port = LateStore(address, secret)
-        with port, _running(worker, port) as system:
+        wrap_group, make_port = watch or (lambda group: group, LateStore)
+        port = make_port(address, secret)
+        with port, _running(worker, port, wrap_group) as system:
             yield system
 
 
 @contextlib.contextmanager
-def _running(worker: WorkerConfig, port: LateStore | None) -> Iterator[GpuEngine]:
+def _running(
+    worker: WorkerConfig, port: LateStore | None, wrap: Callable[[RankGroup], WorkerGroup] = lambda group: group
+) -> Iterator[GpuEngine]:
     secret = secrets.token_hex(8)
     with GroupListener(1, secret=secret) as listener, spawn_ranks(listener.address, 1, secret) as ranks:
         with listener.accept(120.0, ranks.check) as group:
             group.load(worker, _Phases().show, LOAD_TIMEOUT_S)
             system = GpuEngine(port)
-            system.engine = Engine(EngineConfig(), group, port, system.deliver, digest=_digest if port is not None else None)
+            system.engine = Engine(EngineConfig(), wrap(group), port, system.deliver, digest=_digest if port is not None else None)
             thread = threading.Thread(target=system.engine.run, name="engine")
             thread.start()
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import tempfile
 import time
 from array import array
@@ -69,11 +70,12 @@ def show(what: str, step: Callable[[], None], top: int) -> None:
     for _ in range(NUM_WARM_UPS):
         step()
     torch.cuda.synchronize()
-    began_s = time.perf_counter()
+    times_s = [time.perf_counter()]
     for _ in range(NUM_TIMED):
         step()
-    torch.cuda.synchronize()
-    step_ms = (time.perf_counter() - began_s) / NUM_TIMED * 1e3
+        torch.cuda.synchronize()
+        times_s.append(time.perf_counter())
+    steps_ms = sorted(1e3 * (end - start) for start, end in itertools.pairwise(times_s))
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(NUM_PROFILED):
             step()
@@ -83,7 +85,10 @@ def show(what: str, step: Callable[[], None], top: int) -> None:
     for event in profiled.key_averages():
         times_ms[event.key] += event.self_device_time_total / 1e3 / NUM_PROFILED
         calls[event.key] += event.count / NUM_PROFILED
-    print(f"{what}: {step_ms:.2f} ms a step, kernels {sum(times_ms.values()):.2f} ms", flush=True)
+    print(
+        f"{what}: {statistics.median(steps_ms):.2f} ms a step, at most {steps_ms[-1]:.2f}, kernels {sum(times_ms.values()):.2f} ms",
+        flush=True,
+    )
     for name in sorted(times_ms, key=lambda name: -times_ms[name])[:top]:
         print(
             f"  {times_ms[name]:8.3f} ms  {calls[name]:7.1f} x {1e3 * times_ms[name] / calls[name]:8.1f} us  {name[:NAME_CHARS]}",

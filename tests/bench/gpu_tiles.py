@@ -2,12 +2,14 @@
 
 usage: python -m tests.bench.gpu_tiles [--tokens N ...] [--out FILE.json]
 
-One product's tile changes while the other keeps its usual one. Candidates are built ahead by several processes, into Triton's cache.
+Sizes first, then the order of programs for the best of them. Candidates are built ahead by several processes, into
+Triton's cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -16,14 +18,16 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from triton.runtime.errors import OutOfResources
 
-from tests.bench.gpu_experts import HIDDEN, NUM_CHOSEN, NUM_EXPERTS, NUM_LAYERS, SIZE, captured, random_layers, random_step
+from tests.bench.gpu_experts import HIDDEN, NUM_CHOSEN, NUM_EXPERTS, NUM_LAYERS, SIZE, Layer, captured, random_layers, random_step
 from workers.kernels.experts import Tile, run_streamed, usual_tiles
 
 NUM_TOKENS = (16, 64, 256)
+MIN_SHARED_BYTES = 32 << 10
 MAX_SHARED_BYTES = 227 << 10  # of one program on Hopper
 MAX_SUMS = 128  # registers of a thread
-NUM_BUILDERS = 8
+NUM_BUILDERS = 14
 NUM_SHOWN = 8
 NAMES = ("gate_up", "down")
 Pair = tuple[Tile, Tile]
@@ -33,29 +37,66 @@ def candidates(product: int, pairs_per_expert: float) -> list[Tile]:
     """Of `gate_up` (0) or `down` (1): that fit, and that hold most experts' pairs at once."""
     matrices = 2 - product
     found = []
-    sizes = itertools.product((16, 32, 64), (64, 128, 256), (64, 128), (4, 8), (3, 4, 5), (False, True))
+    sizes = itertools.product((16, 32, 64), (32, 64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4, 5), (False, True))
     for tile in itertools.starmap(Tile, sizes):
-        shared_bytes = 2 * tile.inner * (matrices * tile.columns + tile.pairs) * tile.num_stages
+        shared_bytes = 2 * tile.inner * (matrices * tile.columns + tile.pairs) * (tile.num_stages - (not tile.turned))
         sums = matrices * tile.pairs * tile.columns // (32 * tile.num_warps)
-        fits = shared_bytes <= MAX_SHARED_BYTES and sums <= MAX_SUMS
-        if fits and pairs_per_expert / 2 <= tile.pairs <= max(16, 4 * pairs_per_expert) and tile.columns * tile.inner >= 8192:
+        fits = MIN_SHARED_BYTES <= shared_bytes <= MAX_SHARED_BYTES and sums <= MAX_SUMS
+        holds = 2 / 3 * pairs_per_expert <= tile.pairs <= max(16, 4 * pairs_per_expert)
+        if fits and holds and 4096 <= tile.columns * tile.inner <= 16384 and not (tile.turned and tile.columns < 16 * tile.num_warps):
             found.append(tile)
     return found
 
 
-def variations(pairs_per_expert: float) -> list[tuple[int, Pair]]:
-    """Each candidate of a product beside the other's usual tile."""
-    usual = usual_tiles(pairs_per_expert, torch.bfloat16)
-    first = [(0, (tile, usual[1])) for tile in candidates(0, pairs_per_expert)]
-    return [*first, *((1, (usual[0], tile)) for tile in candidates(1, pairs_per_expert))]
-
-
-def build(num_tokens: int, share: list[Pair]) -> None:
-    """Runs each once, in a process of its own."""
+def build(num_tokens: int, share: list[tuple[int, Pair]]) -> list[tuple[int, Pair]]:
+    """Runs each once, in a process of its own, and returns those that the card can run."""
     layer, step = random_layers(1)[0], random_step(num_tokens)
-    for tiles in share:
-        run_streamed(*step, *layer, None, tiles)
+    runnable = []
+    for product, tiles in share:
+        with contextlib.suppress(OutOfResources):
+            run_streamed(*step, *layer, None, tiles)
+            runnable.append((product, tiles))
     torch.cuda.synchronize()
+    return runnable
+
+
+class Search:
+    """The tiles for so many tokens. One product's tile changes while the other keeps its usual one."""
+
+    def __init__(self, num_tokens: int, layers: list[Layer]) -> None:
+        self.num_tokens = num_tokens
+        self.times_ms: tuple[dict[Tile, float], dict[Tile, float]] = {}, {}  # of a layer, by product
+        self._layers, self._step = layers, random_step(num_tokens)
+        self._pairs_per_expert = num_tokens * NUM_CHOSEN / NUM_EXPERTS
+        self._usual = usual_tiles(self._pairs_per_expert, torch.bfloat16)
+
+    def run(self) -> None:
+        self._time([candidates(product, self._pairs_per_expert) for product in range(2)])
+        self._time([[tile._replace(columns_first=True) for tile in self.best(product)] for product in range(2)])
+
+    def best(self, product: int) -> list[Tile]:
+        times_ms = self.times_ms[product]
+        return sorted(times_ms, key=lambda tile: times_ms[tile])[:NUM_SHOWN]
+
+    def _time(self, tiles: list[list[Tile]]) -> None:
+        pairs = [(product, self._beside(product, tile)) for product in range(2) for tile in tiles[product]]
+        shares = [pairs[start::NUM_BUILDERS] for start in range(NUM_BUILDERS)]
+        with ProcessPoolExecutor(min(NUM_BUILDERS, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as executor:
+            runnable = list(itertools.chain.from_iterable(executor.map(build, [self.num_tokens] * NUM_BUILDERS, shares)))
+        for product, pair in runnable:
+            self.times_ms[product][pair[product]] = captured(run_streamed, self._layers, self._step, pair)
+
+    def _beside(self, product: int, tile: Tile) -> Pair:
+        return (tile, self._usual[1]) if product == 0 else (self._usual[0], tile)
+
+    def show(self) -> None:
+        usual_ms = captured(run_streamed, self._layers, self._step)
+        rate = 1e3 * 2 * 3 * SIZE * HIDDEN * NUM_EXPERTS / usual_ms / 1e12
+        count = sum(map(len, self.times_ms))
+        print(f"{self.num_tokens} tokens: {usual_ms:.3f} ms a layer now, {rate:.2f} TB/s; {count} candidates", flush=True)
+        for product, name in enumerate(NAMES):
+            for tile in self.best(product):
+                print(f"  {name:<8} {self.times_ms[product][tile]:.3f}  {tile}", flush=True)
 
 
 def main() -> None:
@@ -64,24 +105,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     layers = random_layers(NUM_LAYERS)
-    read_ms = 1e3 * 2 * 3 * SIZE * HIDDEN * NUM_EXPERTS
-    rows = []
+    rows: list[dict[str, object]] = []
     for num_tokens in arguments.tokens:
-        pairs_per_expert = num_tokens * NUM_CHOSEN / NUM_EXPERTS
-        found = variations(pairs_per_expert)
-        shares = [[tiles for _, tiles in found[start::NUM_BUILDERS]] for start in range(NUM_BUILDERS)]
-        with ProcessPoolExecutor(min(NUM_BUILDERS, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as executor:
-            list(executor.map(build, [num_tokens] * NUM_BUILDERS, shares))
-        step = random_step(num_tokens)
-        usual_ms = captured(run_streamed, layers, step)
-        timed = [(captured(run_streamed, layers, step, tiles), product, tiles[product]) for product, tiles in found]
-        print(
-            f"{num_tokens} tokens: {usual_ms:.3f} ms a layer now, {read_ms / usual_ms / 1e9:.2f} TB/s; {len(found)} candidates", flush=True
-        )
-        for product, name in enumerate(NAMES):
-            for milliseconds, _, tile in sorted(each for each in timed if each[1] == product)[:NUM_SHOWN]:
-                print(f"  {name:<8} {milliseconds:.3f}  {tile}", flush=True)
-        rows += [{"tokens": num_tokens, "product": NAMES[product], "tile": tile, "ms": ms} for ms, product, tile in timed]
+        search = Search(num_tokens, layers)
+        search.run()
+        search.show()
+        for name, times_ms in zip(NAMES, search.times_ms, strict=True):
+            rows += [{"tokens": num_tokens, "product": name, "tile": tile._asdict(), "ms": ms} for tile, ms in times_ms.items()]
     if arguments.out:
         arguments.out.write_text(json.dumps(rows, indent=1))
 

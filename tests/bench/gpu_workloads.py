@@ -169,7 +169,7 @@ class Workloads:
             for place, values in times_ms.items():
                 self._system.settle()
                 if place == "store":
-                    self._push_out()
+                    self.push_out()
                 seconds, [answer] = self._system.generate([[*prefix, *self.prompt(RESTORE_TAIL)]], 1)
                 values.append(seconds * 1e3)
                 cached[place].append(answer.num_cached or 0)
@@ -177,7 +177,7 @@ class Workloads:
         figures = {f"restore_8k_{place}_ttft_ms": statistics.median(values) for place, values in times_ms.items()}
         return figures | {f"restore_8k_{place}_cached_tokens": min(counts) for place, counts in cached.items()}
 
-    def _push_out(self) -> None:
+    def push_out(self) -> None:
         self._system.settle()
         for prompt in self.prompts(PUSH_PROMPTS, LONG_CONTEXT):
             self._seconds([prompt], 1)

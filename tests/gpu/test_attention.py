@@ -124,35 +124,49 @@ def test_mla(num_heads, monkeypatch):
     assert torch.equal(fast.tensor, exact.tensor)
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_tokens", "batches"),
+    [
+        (4, 4, [[(0, 1), (15, 1), (700, 1), (64, 1)], [(2000, 1)] * 3 + [(1, 1)], [(5, 1)] * 4]),
+        (1, 96, [[(700, 96)], [(0, 5)], [(2000, 33)], [(0, 96)], [(17, 2)]]),
+    ],
+)
 @pytest.mark.parametrize("is_mla", [False, True])
-def test_captured_batches_follow_new_lengths(is_mla):
-    """One graph, replayed for other pages and lengths than it was captured with."""
+def test_captured_batches_follow_new_lengths(is_mla, num_rows, num_tokens, batches):
+    """One graph, replayed for other pages and lengths than it was captured with, and for fewer tokens of a prompt."""
     if is_mla:
         shape, page_shape, block = AttentionShape(16, 1, 0, 0.1, 512), (NUM_LAYERS, 64, 576), 64
-        q = torch.randn(4, 16, 576, device=CUDA, dtype=torch.bfloat16)
+        q = torch.randn(num_tokens, 16, 576, device=CUDA, dtype=torch.bfloat16)
     else:
         shape, page_shape, block = AttentionShape(32, 8, 128, 128**-0.5), (8, NUM_LAYERS, 2, 16, 128), 16
-        q = torch.randn(4, 32, 128, device=CUDA, dtype=torch.bfloat16)
+        q = torch.randn(num_tokens, 32, 128, device=CUDA, dtype=torch.bfloat16)
     fast, exact = pools(page_shape, block, 512)
     backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
 
-    def run(each):
-        return each.mla_absorbed(1, q[..., :512], q[..., 512:], range(4)) if is_mla else each.gqa(1, q)
+    def run(each, count=num_tokens):
+        q_TND = q[:count]
+        return each.mla_absorbed(1, q_TND[..., :512], q_TND[..., 512:], range(num_rows)) if is_mla else each.gqa(1, q_TND)
+
+    def captured(rows: list[Row]) -> AttentionBatch:
+        batch = make_batch(rows, block, 512, rng)
+        return dataclasses.replace(batch, pages=torch.zeros(num_tokens, dtype=torch.int64, device=CUDA), is_captured=True)
 
     rng = np.random.RandomState(0)
-    backend.reserve_graph(4, 4096)
-    backend.begin_graph(make_batch([(0, 1)] * 4, block, 512, rng))
+    backend.reserve_graph(num_rows, num_tokens, 4096)
+    backend.begin_graph(captured([(0, num_tokens // num_rows)] * num_rows))
     run(backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run(backend)
-    for rows in ([(0, 1), (15, 1), (700, 1), (64, 1)], [(2000, 1)] * 3 + [(1, 1)], [(5, 1)] * 4):
-        batch = make_batch(rows, block, 512, rng)
+    for rows in batches:
+        batch = captured(rows)
         backend.begin_graph(batch)
         graph.replay()
         reference.begin(batch)
-        near(out, run(reference))
+        count = batch.query_starts[-1]
+        near(out[:count], run(reference, count))
+        assert torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("is_mla", [False, True])

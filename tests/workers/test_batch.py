@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from workers.batch import Batch
+from workers.batch import Batch, GraphInputs
 from workers.step import NULL_PAGE, NewRow, SamplingSettings, StepPlan, StepRow
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -151,3 +151,45 @@ def test_plans_that_cannot_be_are_refused():
     batch.apply(StepPlan(2, [1], [new_row(2, NaiveRow(list(range(9)), 9, 0, [1]))], [], [], []))
     with pytest.raises(AssertionError, match="beyond its pages"):
         batch.apply(StepPlan(3, [], [], [StepRow(2, 9, 0, 0, [])], [], []))
+
+
+def test_captured_steps_are_padded():
+    """Decode rows alone, and one rest of a prompt alone, go to the smallest graph that holds them; everything else to none."""
+    device = torch.device("cpu")
+    batch = Batch(MAX_SEQS, MAX_LEN, BLOCK, 100, device)
+    batch.decode_graphs = [GraphInputs(size, size, size * batch.max_blocks, batch.null_slot, device) for size in (2, 4)]
+    batch.prompt_graphs = [GraphInputs(1, size, batch.max_blocks, batch.null_slot, device) for size in (8, 16)]
+
+    def apply(rows_in: list[NewRow], sizes: dict[int, int]):
+        return batch.apply(StepPlan(0, [], rows_in, [StepRow(row_id, size, 0, 0, []) for row_id, size in sizes.items()], [], []))
+
+    tokens = list(range(20, 38))
+    prompt = NaiveRow(tokens, len(tokens), 6, [5, 6, 7, 8, 9])
+    part = apply([new_row(0, prompt)], {0: 3})  # not the end of the prompt: there is nothing to sample
+    assert part.graph is None
+    rest = apply([], {0: 9})
+    graph, attention = rest.graph, rest.attention
+    assert graph is batch.prompt_graphs[1]
+    assert rest.ids.tolist() == [*tokens[9:], *[0] * 7]
+    assert rest.positions.tolist() == [*range(9, 18), *[0] * 7]
+    assert attention.pages.tolist() == [7, 7, 7, 8, 8, 8, 8, 9, 9, *[NULL_PAGE] * 7]
+    assert attention.offsets.tolist() == [1, 2, 3, 0, 1, 2, 3, 0, 1, *[0] * 7]
+    assert (attention.num_decode_rows, attention.query_starts, list(attention.seq_lens)) == (0, [0, 9], [18])
+    assert (attention.kv_starts.tolist(), attention.kv_pages.tolist()) == ([0, 5], prompt.pages)
+    assert (graph.last.tolist(), graph.seq_lens.tolist(), rest.sampled_device_slots.tolist()) == ([8], [18], rest.sampled_slots.tolist())
+
+    others = [NaiveRow([1, 2, 3], 3, 2, [10]), NaiveRow([4, 5, 6, 7, 8], 5, 4, [11, 12])]
+    outputs = apply([new_row(1, others[0]), new_row(2, others[1])], {0: 1, 1: 1, 2: 1})
+    assert outputs.graph is batch.decode_graphs[1]
+    assert outputs.attention.num_decode_rows == 4
+    assert sorted(outputs.attention.seq_lens) == [1, 3, 5, 19]
+    assert outputs.attention.kv_pages.tolist() == [10, 11, 12, *prompt.pages, NULL_PAGE]
+    assert outputs.graph.slots.tolist()[3] == batch.null_slot
+    assert outputs.positions.tolist() == [2, 4, 18, 0]
+
+    two = [NaiveRow([1, 2, 3], 3, 0, [13]), NaiveRow([1, 2, 3], 3, 0, [14])]
+    assert apply([new_row(3, two[0]), new_row(4, two[1])], {3: 3, 4: 3}).graph is None  # two prompts
+    scored = Batch(MAX_SEQS, MAX_LEN, BLOCK, 100, device)
+    scored.prompt_graphs = batch.prompt_graphs
+    plan = StepPlan(0, [], [new_row(0, two[0], GREEDY._replace(num_prompt_logprobs=1))], [StepRow(0, 3, 0, 0, [])], [], [])
+    assert scored.apply(plan).graph is None

@@ -79,6 +79,7 @@ class AttentionBatch:
     offsets: torch.Tensor  # [T] int64, position inside the page
     kv_pages: torch.Tensor | None = None  # on CUDA: the rows' pages one after the other, int32
     kv_starts: np.ndarray | None = None  # R + 1, int32 on the host: row r's are kv_pages[kv_starts[r]:kv_starts[r + 1]]
+    is_captured: bool = False  # pages and offsets are those of a captured graph, which may have more tokens: padding
 
     @property
     def num_rows(self) -> int:
@@ -91,7 +92,7 @@ class AttentionBatch:
 class AttentionBackend(abc.ABC):
     """Attention of one rank over its pool. `begin` is called once per step, before any layer, and keeps `batch`."""
 
-    has_graphs = False  # whether decode steps may be captured: `reserve_graph` and `begin_graph` are there
+    has_graphs = False  # whether steps may be captured: `reserve_graph` and `begin_graph` are there
     reads_behind_end = True  # whether it multiplies by what lies behind the end of a row in its last page
     reads_block_table = True  # whether `AttentionBatch.block_table` is needed
     has_window = False  # whether `AttentionShape.window` is heeded
@@ -109,8 +110,8 @@ class AttentionBackend(abc.ABC):
     def begin(self, batch: AttentionBatch) -> None:
         """Prepares what all layers of the step share."""
 
-    def reserve_graph(self, size: int, max_pages: int) -> None:
-        """Prepares for captured batches of `size` decode rows with up to `max_pages` pages in all."""
+    def reserve_graph(self, num_rows: int, num_tokens: int, max_pages: int) -> None:
+        """Prepares for captured batches with up to `max_pages` pages in all: as many decode rows as tokens, or one row of a prompt."""
         raise AssertionError(f"{type(self).__name__} has no graphs")
 
     def begin_graph(self, batch: AttentionBatch) -> None:

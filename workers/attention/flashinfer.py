@@ -89,7 +89,8 @@ class FlashInferAttention(AttentionBackend):
         self._gathering: _Gathering | None = None  # of this step
         self._ranges: list[torch.Tensor] | None = None  # of keys, for plain rows of this step
         self._planned_rows: range | None = None  # of `_absorbed`
-        self._graphs: dict[int, _Planned] = {}  # decode wrappers by captured batch size
+        self._graphs: dict[tuple[int, int], _Planned] = {}  # by captured rows and tokens
+        self._captured_out: torch.Tensor | None = None  # [T, N, ...] of captured prompts: behind the last query stays what was there
         self._extending: _Planned | None = None  # of this step: `_prefill` or `_short`
         self._active: _Planned | None = None  # the captured one of this step; None: eager
 
@@ -177,8 +178,19 @@ class FlashInferAttention(AttentionBackend):
             backend=self._kernel,
         )
 
-    def _new_prefill(self, kernel: str) -> _Planned:
-        return _Planned(self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=kernel))
+    def _new_prefill(self, kernel: str, buffers: dict[str, torch.Tensor] | None = None) -> _Planned:
+        return _Planned(
+            self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+                self._workspace,
+                "HND",
+                use_cuda_graph=buffers is not None,
+                qo_indptr_buf=buffers and buffers["query_starts"],
+                paged_kv_indptr_buf=buffers and buffers["starts"],
+                paged_kv_indices_buf=buffers and buffers["pages"],
+                paged_kv_last_page_len_buf=buffers and buffers["lengths"],
+                backend=kernel,
+            )
+        )
 
     # A step
 
@@ -217,30 +229,47 @@ class FlashInferAttention(AttentionBackend):
         token_bytes = 2 * self.shape.num_kv_heads * self.shape.head_dim * self.pool.tensor.element_size()
         return num_pairs >= _GATHER_QUERIES * num_keys and num_keys * token_bytes <= GATHERED_BYTES
 
-    def reserve_graph(self, size: int, max_pages: int) -> None:
-        """A wrapper of its own for a captured batch of `size` decode rows, whose addresses stay."""
+    def reserve_graph(self, num_rows: int, num_tokens: int, max_pages: int) -> None:
+        """A wrapper of its own, whose addresses stay."""
         device = self.pool.tensor.device
 
         def integers(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
 
         buffers = {
-            "query_starts": integers(size + 1),
-            "starts": integers(size + 1),
-            "lengths": integers(size),
+            "query_starts": integers(num_rows + 1),
+            "starts": integers(num_rows + 1),
+            "lengths": integers(num_rows),
             "pages": integers(max_pages),
         }
-        self._graphs[size] = self._new_decode(buffers)
+        is_prompt = num_tokens > num_rows
+        self._graphs[num_rows, num_tokens] = (
+            self._new_prefill("fa2", buffers) if is_prompt and not self._is_mla else self._new_decode(buffers)
+        )
+        if is_prompt and (self._captured_out is None or len(self._captured_out) < num_tokens):
+            shape = (num_tokens, self.shape.num_heads, self.shape.latent_dim or self.shape.head_dim)
+            self._captured_out = torch.zeros(shape, dtype=self.pool.tensor.dtype, device=device)
 
     def begin_graph(self, batch: AttentionBatch) -> None:
-        """`begin` for a batch that runs as a captured graph: all rows are decode rows, as many as were reserved."""
+        """`begin` for a batch that runs as a captured graph, of as many rows and tokens as were reserved."""
         self.batch = batch
-        self._active = self._graphs[batch.num_rows]
+        self._active = self._graphs[batch.num_rows, len(batch.pages)]
         rows = range(batch.num_rows)
         if self._is_mla:
             self._plan_mla(self._active, rows)
-        else:
+        elif batch.num_decode_rows:
             self._plan_decode(self._active, rows)
+        else:
+            self._plan_prefill(self._active, rows)
+
+    def _run_captured(self, *tensors: Any) -> torch.Tensor:
+        """Attention of a captured batch, queries first."""
+        assert self._active
+        out = None
+        if not self.batch.num_decode_rows:
+            assert self._captured_out is not None
+            out = self._captured_out[: len(tensors[0])]
+        return self._active.wrapper.run(*tensors, out=out)
 
     def _tables(self, rows: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of some rows: where their pages begin (host), their pages (device), and their lengths (host); int32."""
@@ -324,7 +353,7 @@ class FlashInferAttention(AttentionBackend):
 
     def gqa(self, layer: int, q_TND: torch.Tensor) -> torch.Tensor:
         if self._active is not None:
-            return self._active.wrapper.run(q_TND, self._layers[layer])
+            return self._run_captured(q_TND, self._layers[layer])
         num_decode = self.batch.num_decode_rows
         out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
         if num_decode:
@@ -353,14 +382,13 @@ class FlashInferAttention(AttentionBackend):
         self.pool.tensor[self.batch.pages, layer, self.batch.offsets] = latent_TP
 
     def mla_absorbed(self, layer: int, q_TNC: torch.Tensor, rope_TNR: torch.Tensor, rows: range) -> torch.Tensor:
-        planned = self._active
-        if planned is None:
-            assert self._absorbed
-            planned = self._absorbed
-            if self._planned_rows != rows:
-                self._plan_mla(planned, rows)
-                self._planned_rows = rows
-        return planned.wrapper.run(q_TNC, rope_TNR, *self._layers[layer])
+        if self._active is not None:
+            return self._run_captured(q_TNC, rope_TNR, *self._layers[layer])
+        assert self._absorbed
+        if self._planned_rows != rows:
+            self._plan_mla(self._absorbed, rows)
+            self._planned_rows = rows
+        return self._absorbed.wrapper.run(q_TNC, rope_TNR, *self._layers[layer])
 
     def mla_plain(self, layer: int, q_TND: torch.Tensor, up_OC: torch.Tensor, value_dim: int, rows: range) -> torch.Tensor:
         if (q_TND.shape[2], value_dim) != _PROJECTED_DIMS:

@@ -1,7 +1,8 @@
 """xxh3-64 of parts of pages where they lie, on the GPU: a processor's cores could not keep up with the link to it.
 
 The specification: github.com/Cyan4973/xxHash, doc/xxhash_spec.md, XXH3 for inputs over 240 bytes, seed 0. The eight accumulators of a
-part are eight lanes here; an 8-byte word of the input is multiplied into its own lane and added to its neighbour's.
+part are eight lanes here; an 8-byte word of the input is multiplied into its own lane and added to its neighbour's. In the end pairs of
+lanes are multiplied to 128 bits, whose halves are joined.
 
 N parts
 """
@@ -20,9 +21,8 @@ _SECRET = bytes.fromhex(
 )
 _PRIMES_32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 _PRIMES_64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
-_AVALANCHE = 0x165667919E3779F9
 _START = (_PRIMES_32[2], *_PRIMES_64[:4], _PRIMES_32[1], _PRIMES_64[4], _PRIMES_32[0])
-_LANES, _STRIPE_WORDS = 8, 8
+_STRIPE_WORDS = 8
 _LAST_KEY, _MERGE_KEY = 192 - 64 - 7, 11  # bytes into the secret
 _MIN_BYTES = 1024
 _PARTS = 4  # of one program
@@ -36,7 +36,7 @@ def _add(acc, word, neighbour, key):
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def _accumulate(words_ptr, starts_ptr, keys_ptr, out_ptr, num_parts, num_blocks, num_stripes, last_word, PARTS: tl.constexpr):
+def _hash(words_ptr, starts_ptr, keys_ptr, out_ptr, num_parts, num_blocks, num_stripes, last_word, PARTS: tl.constexpr):
     part = tl.program_id(0) * PARTS + tl.arange(0, PARTS)
     inside = (part < num_parts)[:, None]
     lane = tl.arange(0, 8)
@@ -57,7 +57,12 @@ def _accumulate(words_ptr, starts_ptr, keys_ptr, out_ptr, num_parts, num_blocks,
     word = tl.load(own + last_word, mask=inside, other=0).to(tl.uint64, bitcast=True)
     neighbour = tl.load(other + last_word, mask=inside, other=0).to(tl.uint64, bitcast=True)
     acc = _add(acc, word, neighbour, tl.load(keys_ptr + 24 + lane)[None, :].to(tl.uint64, bitcast=True))
-    tl.store(out_ptr + part[:, None] * 8 + lane[None, :], acc.to(tl.int64, bitcast=True), mask=inside)
+    acc ^= tl.load(keys_ptr + 40 + lane)[None, :].to(tl.uint64, bitcast=True)
+    low, high = tl.split(acc.reshape(PARTS, 4, 2))
+    num_bytes = (last_word + 8).to(tl.uint64) * 8
+    total = tl.sum((low * high) ^ tl.umulhi(low, high), 1) + num_bytes * 0x9E3779B185EBCA87
+    total = (total ^ (total >> 37)) * 0x165667919E3779F9
+    tl.store(out_ptr + part, (total ^ (total >> 32)).to(tl.int64, bitcast=True), mask=part < num_parts)
 
 
 def can_hash(part_bytes: int) -> bool:
@@ -71,14 +76,12 @@ class PartHasher:
     def __init__(self, data: torch.Tensor, part_bytes: int, max_parts: int) -> None:
         self._words = data.view(torch.int64)
         self._part_bytes = part_bytes
-        last = _SECRET[_LAST_KEY : _LAST_KEY + 64]
+        last, merge = (_SECRET[first : first + 64] for first in (_LAST_KEY, _MERGE_KEY))
         start = np.array(_START, np.uint64).tobytes()
-        keys = np.frombuffer(_SECRET + last + start, np.int64).copy()  # 24 words of the secret, 8 of the last stripe, 8 to begin with
+        keys = np.frombuffer(_SECRET + last + start + merge, np.int64).copy()  # 24 words of the secret, then 8 each
         self._keys = torch.from_numpy(keys).to(data.device)
-        self._starts, self._acc = (torch.empty(shape, dtype=torch.int64, device=data.device) for shape in (max_parts, (max_parts, _LANES)))
-        self._host_starts, self._host_acc = (
-            torch.empty(each.shape, dtype=torch.int64, pin_memory=data.is_cuda) for each in (self._starts, self._acc)
-        )
+        self._starts, self._hashes = (torch.empty(max_parts, dtype=torch.int64, device=data.device) for _ in range(2))
+        self._host_starts, self._host_hashes = (torch.empty(max_parts, dtype=torch.int64, pin_memory=data.is_cuda) for _ in range(2))
 
     def start(self, offsets_N: np.ndarray) -> None:
         """Queues the hashing of the parts at these bytes on the current stream."""
@@ -86,29 +89,12 @@ class PartHasher:
         self._host_starts[:count] = torch.from_numpy(offsets_N // 8)
         self._starts[:count].copy_(self._host_starts[:count], non_blocking=True)
         num_blocks = (size - 1) // 1024
-        _accumulate[(triton.cdiv(count, _PARTS),)](
-            self._words, self._starts, self._keys, self._acc, count, num_blocks, (size - 1 - 1024 * num_blocks) // 64,
+        _hash[(triton.cdiv(count, _PARTS),)](
+            self._words, self._starts, self._keys, self._hashes, count, num_blocks, (size - 1 - 1024 * num_blocks) // 64,
             size // 8 - _STRIPE_WORDS, PARTS=_PARTS, num_warps=1,
         )  # fmt: skip
-        self._host_acc[:count].copy_(self._acc[:count], non_blocking=True)
+        self._host_hashes[:count].copy_(self._hashes[:count], non_blocking=True)
 
     def finish(self, count: int) -> np.ndarray:
         """The hashes of the `count` parts, uint64, once the stream has come so far."""
-        acc = self._host_acc[:count].numpy().view(np.uint64)
-        keys = np.frombuffer(_SECRET[_MERGE_KEY : _MERGE_KEY + 64], np.uint64)
-        mixed = acc ^ keys
-        out = np.full(len(acc), self._part_bytes * _PRIMES_64[0] & 0xFFFFFFFFFFFFFFFF, np.uint64)
-        for lane in range(0, _LANES, 2):
-            out += _fold(mixed[:, lane], mixed[:, lane + 1])
-        out ^= out >> np.uint64(37)
-        out *= np.uint64(_AVALANCHE)
-        return out ^ (out >> np.uint64(32))
-
-
-def _fold(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The low half of the 128-bit products xored with the high one."""
-    half, mask = np.uint64(32), np.uint64(0xFFFFFFFF)
-    a_low, a_high, b_low, b_high = a & mask, a >> half, b & mask, b >> half
-    low, cross, other = a_low * b_low, a_high * b_low, a_low * b_high
-    carry = ((low >> half) + (cross & mask) + (other & mask)) >> half
-    return (a * b) ^ (a_high * b_high + (cross >> half) + (other >> half) + carry)
+        return self._host_hashes[:count].numpy().view(np.uint64)

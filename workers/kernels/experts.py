@@ -26,7 +26,7 @@ Shared = Callable[[], torch.Tensor] | None
 
 class Tile(NamedTuple):
     """What one program of a grouped product holds at once: pairs and output columns, and of the inner dimension what it loads together.
-    `turned`: columns times pairs, so that weights come first."""
+    `turned`: columns times pairs, so that weights come first. `columns_first`: neighbouring programs share an expert, not the columns."""
 
     pairs: int
     columns: int
@@ -34,6 +34,11 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     turned: bool = False
+    columns_first: bool = False
+
+    def grid(self, num_experts: int, num_columns: int) -> tuple[int, int]:
+        grid = num_experts, triton.cdiv(num_columns, self.columns)
+        return grid[::-1] if self.columns_first else grid
 
     def options(self) -> dict[str, int | bool]:
         return {
@@ -41,6 +46,7 @@ class Tile(NamedTuple):
             "COLUMNS": self.columns,
             "INNER": self.inner,
             "TURNED": self.turned,
+            "EXPERT_AXIS": int(self.columns_first),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -202,10 +208,11 @@ def group_pairs(experts_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
 def _gate_up(
     x_ptr, weight_ptr, order_ptr, starts_ptr, out_ptr, H, I, K,
     PAIRS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TURNED: tl.constexpr,
+    EXPERT_AXIS: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(EXPERT_AXIS).to(tl.int64)
     start, stop = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1 - EXPERT_AXIS) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < I
     inner = tl.arange(0, INNER)
     gate_base = weight_ptr + expert * 2 * I * H + column.to(tl.int64) * H
@@ -241,10 +248,11 @@ def _gate_up(
 def _down(
     x_ptr, weight_ptr, order_ptr, starts_ptr, scale_ptr, out_ptr, H, I,
     PAIRS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TURNED: tl.constexpr,
+    EXPERT_AXIS: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(EXPERT_AXIS).to(tl.int64)
     start, stop = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1 - EXPERT_AXIS) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < H
     inner = tl.arange(0, INNER)
     base = weight_ptr + expert * H * I + column.to(tl.int64) * I
@@ -353,13 +361,11 @@ def run_streamed(
     order_P, starts = group_pairs(experts_TK, num_experts)
     gate_up, down = tiles or usual_tiles(num_pairs / num_experts, x_TH.dtype)
     inner_PI = x_TH.new_empty((num_pairs, size))
-    _gate_up[(num_experts, triton.cdiv(size, gate_up.columns))](
+    _gate_up[gate_up.grid(num_experts, size)](
         x_TH, gate_up_EIH, order_P, starts, inner_PI, hidden, size, experts_TK.shape[1], **gate_up.options()
     )
     pairs_PH = x_TH.new_empty((num_pairs, hidden))
-    _down[(num_experts, triton.cdiv(hidden, down.columns))](
-        inner_PI, down_EHI, order_P, starts, weights_TK, pairs_PH, hidden, size, **down.options()
-    )
+    _down[down.grid(num_experts, hidden)](inner_PI, down_EHI, order_P, starts, weights_TK, pairs_PH, hidden, size, **down.options())
     return _sum(pairs_PH, weights_TK, shared and shared(), None)
 
 
@@ -367,8 +373,6 @@ def usual_tiles(pairs_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Tile
     """Of `_gate_up` and of `_down`. Few pairs per expert: thin tiles that stream weights. Many: ones that keep tensor cores busy."""
     if dtype is torch.float32:
         return Tile(16, 64, 32, 4, 3), Tile(16, 64, 32, 4, 4)
-    if pairs_per_expert <= 16:
-        return Tile(16, 64, 128, 4, 3), Tile(16, 64, 128, 4, 4)
-    if pairs_per_expert <= 48:
-        return Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4)
-    return Tile(64, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4)
+    if pairs_per_expert <= 8:
+        return Tile(16, 32, 128, 4, 4, columns_first=True), Tile(16, 128, 128, 4, 4, columns_first=True)
+    return Tile(64, 64, 64, 4, 3, columns_first=True), Tile(64, 64, 64, 4, 3, columns_first=True)

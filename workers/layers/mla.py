@@ -77,8 +77,11 @@ class MlaAttention(nn.Module):
         return q.unflatten(1, (self._num_heads, -1)), latent_TP
 
     def _num_absorbed_rows(self, backend: AttentionBackend) -> int:
-        """Rows come in ascending number of queries; those up to the break-even of the two forms' multiplications per key are absorbed."""
+        """Rows come in ascending number of queries; those up to the break-even of the two forms' multiplications per key are absorbed, and
+        all that are captured: the plain form takes as many keys as there are."""
         batch = backend.batch
+        if batch.is_captured:
+            return batch.num_rows
         if self.absorb is not None:
             return batch.num_rows if self.absorb else 0
         mla = self._mla
