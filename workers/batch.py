@@ -152,21 +152,15 @@ class Batch:
         self.sampling.admit(slots, rows, self._known_tokens)
 
     def _append_pages(self, added: list[tuple[int, list[int]]]) -> None:
-        if not added:
-            return
-        rows: list[int] = []
-        columns: list[int] = []
-        pages: list[int] = []
+        places: list[np.ndarray] = []
         for slot, new_pages in added:
             first = int(self._num_pages[slot])
-            rows += [slot] * len(new_pages)
-            columns += range(first, first + len(new_pages))
-            pages += new_pages
-            self._num_pages[slot] = first + len(new_pages)
-        self._block_table[rows, columns] = pages
-        if self._has_device_table and self._on_cuda:
-            flat = np.array(rows, np.int64) * self.max_blocks + np.array(columns, np.int64)
-            self._device_table.view(-1)[to_device(flat, self._device)] = to_device(np.array(pages, np.int64), self._device)
+            stop = self._num_pages[slot] = first + len(new_pages)
+            self._block_table[slot, first:stop] = new_pages
+            places.append(np.arange(first, stop) + slot * self.max_blocks)
+        if places and self._has_device_table and self._on_cuda:
+            flat = np.concatenate(places)
+            self._device_table.view(-1)[to_device(flat, self._device)] = to_device(self._block_table.ravel()[flat], self._device)
 
     def _lay_out(self, slots: np.ndarray, num_queries: np.ndarray) -> StepInput:
         is_decode = (num_queries == 1) & (self._num_computed[slots] == self._num_known[slots] - 1)

@@ -32,6 +32,7 @@ from workers.step import BlockCopy, NewRow, StepPlan, StepRow
 
 SHORT_SHARE = 4  # 1/4 of a step's prompt tokens goes to prompts shorter than the one in front, while there are any
 BACKLOG_STEPS = 16  # prompts that wait may take more of a step that also gives outputs, so that no more such steps than this pass first
+PADDED_TO = 128  # tokens: a GPU pads steps to multiples of this, and long ones of twice as many, and computes the padding too
 SHORT_LOOKAHEAD = 16  # waiting requests that are looked at for that
 
 _by_arrival = attrgetter("arrival")
@@ -149,8 +150,15 @@ class Scheduler:
             request.last_step = sequence
         step.budget -= len(rows)
         if rows:
-            step.budget = min(step.budget, max(self._config.max_prompt_tokens_beside_outputs, self._waiting_tokens // BACKLOG_STEPS))
+            step.budget = min(step.budget, self._beside_outputs(len(rows)))
         return prompts
+
+    def _beside_outputs(self, num_outputs: int) -> int:
+        """Prompt tokens of a step with so many outputs."""
+        share = max(self._config.max_prompt_tokens_beside_outputs, self._waiting_tokens // BACKLOG_STEPS)
+        total = num_outputs + share
+        rest = total % (PADDED_TO if total < 8 * PADDED_TO else 2 * PADDED_TO)
+        return share - rest if rest < share else share
 
     def _page_for(self, request: LiveRequest, step: _Step) -> int | None:
         """A page for the next position of a row. None: the row sits this step out, or was preempted itself."""

@@ -54,7 +54,7 @@ class Tile(NamedTuple):
 
 _GROUP_BLOCK = 1024
 _MAX_GROUPED_PAIRS = 8192  # beyond, a sort is faster than a pass per expert
-_MANY_PAIRS = 64  # per expert
+_MANY_PAIRS = 96  # per expert
 _MAX_SCORED_TOKENS = 64  # beyond, a matrix product that reads the weights once is faster
 _SCORED_EXPERTS = 4  # of one program
 _MAX_TERMS = 3  # of 8 bits each: float32 has 24
@@ -375,4 +375,6 @@ def usual_tiles(pairs_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Tile
         return Tile(16, 64, 32, 4, 3), Tile(16, 64, 32, 4, 4)
     if pairs_per_expert <= 8:
         return Tile(16, 32, 128, 4, 4, columns_first=True), Tile(16, 128, 128, 4, 4, columns_first=True)
-    return Tile(64, 64, 64, 4, 3, columns_first=True), Tile(64, 64, 64, 4, 3, columns_first=True)
+    if pairs_per_expert <= 48:
+        return Tile(64, 64, 64, 4, 3, columns_first=True), Tile(64, 64, 64, 4, 3, columns_first=True)
+    return Tile(128, 128, 64, 8, 4, columns_first=True), Tile(128, 128, 64, 8, 4, columns_first=True)

@@ -52,7 +52,7 @@ _CHECKSUM_BYTES = 8
 class _Batch(NamedTuple):
     copies: list[BlockCopy]
     mapping: ArenaMapping | None  # None: there was no arena
-    event: Any  # CUDA event after which the pages may be read
+    event: Any  # CUDA event after which the pages may be read; None: at once
 
 
 class _Span(NamedTuple):
@@ -117,18 +117,10 @@ class CudaMover:
         self._is_save = is_save
         self._stream = torch.cuda.Stream(pool.tensor.device, priority=-1)  # hashing must not wait behind a forward pass
         self._dma = Dma()
-        self._use_stream()
         self._hasher = self._make_hasher(span)
 
     def enter_thread(self) -> None:
         self._torch.cuda.set_device(self._pool.tensor.device)
-
-    def _use_stream(self) -> None:
-        """A stream's first copy may wait for all that the device is doing: it is done here."""
-        word = self._torch.zeros(1, pin_memory=True)
-        with self._torch.cuda.stream(self._stream):
-            word.copy_(word.to(self._pool.tensor.device, non_blocking=True), non_blocking=True)
-        self._stream.synchronize()
 
     def _make_hasher(self, span: _Span) -> PartHasher | None:
         """Built and tried once here, rather than when a request waits; None where slots have to be hashed instead."""
@@ -235,7 +227,9 @@ class PageCopier:
         for lane, copies in ((self._loads, loads), (self._saves, saves)):
             size = min(MAX_BATCH["cuda" if self._on_cuda else "cpu"], -(-len(copies) // lane.num_threads)) or 1
             for start in range(0, len(copies), size):
-                batch = _Batch(copies[start : start + size], self._mapping.use() if self._mapping else None, event)
+                batch = _Batch(
+                    copies[start : start + size], self._mapping.use() if self._mapping else None, event if lane.is_save else None
+                )
                 try:
                     lane.batches.put_nowait(batch)
                 except queue.Full:
