@@ -40,21 +40,31 @@ class GraphInputs:
     def __init__(self, num_rows: int, num_tokens: int, max_pages: int, null_slot: int, device: torch.device) -> None:
         self.num_rows, self.num_tokens, self.max_pages = num_rows, num_tokens, max_pages
         counts = [num_tokens] * 4 + [num_rows] * 3
-        self._words = torch.zeros(sum(counts) + -(-max_pages // 2), dtype=torch.int64, device=device)
-        *columns, pages = self._words.split([*counts, len(self._words) - sum(counts)])
+        self._starts = [0, *np.cumsum(counts).tolist()]
+        self._padding = np.zeros(self._starts[-1], np.int64)  # what a step leaves unsaid
+        self._padding[self._starts[4] : self._starts[5]] = null_slot
+        self._padding[self._starts[5] : self._starts[6]] = 1
+        self._words = torch.zeros(len(self._padding) + -(-max_pages // 2), dtype=torch.int64, device=device)
+        *columns, pages = self._words.split([*counts, len(self._words) - len(self._padding)])
         self.ids, self.positions, self.pages, self.offsets, self.slots, self.seq_lens, self.last = columns
         self.kv_pages = pages.view(torch.int32)
-        self.slots.fill_(null_slot)
-        self.seq_lens.fill_(1)
+        self._words[: len(self._padding)] = torch.from_numpy(self._padding)
 
     @property
     def is_prompt(self) -> bool:
         return self.num_tokens != self.num_rows
 
-    def fill(self, columns: Sequence[np.ndarray], kv_pages: np.ndarray) -> None:
-        """`columns` in the order of the attributes, padded."""
-        words = torch.from_numpy(np.concatenate([*columns, _as_words(kv_pages)]))
-        self._words[: len(words)].copy_(words.pin_memory() if self._words.is_cuda else words, non_blocking=True)
+    def fill(self, columns: Sequence[np.ndarray], kv_pages: np.ndarray) -> np.ndarray:
+        """`columns` in the order of the attributes, each as long as it likes. Returns the rows' lengths, padded."""
+        num_columns = len(self._padding)
+        words = np.zeros(num_columns + -(-len(kv_pages) // 2), np.int64)
+        words[:num_columns] = self._padding
+        for start, column in zip(self._starts, columns, strict=False):
+            words[start : start + len(column)] = column
+        words[num_columns:].view(np.int32)[: len(kv_pages)] = kv_pages
+        source = torch.from_numpy(words)
+        self._words[: len(words)].copy_(source.pin_memory() if self._words.is_cuda else source, non_blocking=True)
+        return words[self._starts[5] : self._starts[6]]
 
 
 def _as_words(values: np.ndarray) -> np.ndarray:
@@ -247,23 +257,17 @@ class Batch:
         positions: np.ndarray, pages: np.ndarray, offsets: np.ndarray, sampled: np.ndarray,
     ) -> dict[str, Any]:  # fmt: skip
         """Rows that all sample. Padding: one token at the start of the null page for each row."""
-        num_rows, num_padding_rows, num_padding = graph.num_rows, graph.num_rows - len(slots), graph.num_tokens - len(positions)
-        ids = self._host_ids(slots, before, after) if graph.is_prompt else np.zeros(len(positions))
+        num_padding = graph.num_rows - len(slots)
+        ids = self._host_ids(slots, before, after) if graph.is_prompt else starts[:0]
         kv_starts, kv_pages = self._kv_pages(slots, (after - 1) // self.block_size)
-        kv_starts = np.concatenate((kv_starts, kv_starts[-1] + np.arange(1, num_padding_rows + 1, dtype=np.int32)))
-        kv_pages = np.concatenate((kv_pages, np.full(num_padding_rows, NULL_PAGE, np.int32)))
-        by_token = [(ids, 0), (positions, 0), (pages, NULL_PAGE), (offsets, 0)]
-        by_row = [(slots, self.null_slot), (after, 1), (starts[1:] - 1, 0)]
-        columns = [
-            np.concatenate((values, np.full(count, filler))).astype(np.int64, copy=False)
-            for column, count in ((by_token, num_padding), (by_row, num_padding_rows))
-            for values, filler in column
-        ]
-        graph.fill(columns, kv_pages)
+        if num_padding:
+            kv_starts = np.concatenate((kv_starts, kv_starts[-1] + np.arange(1, num_padding + 1, dtype=np.int32)))
+            kv_pages = np.concatenate((kv_pages, np.full(num_padding, NULL_PAGE, np.int32)))
+        seq_lens = graph.fill([ids, positions, pages, offsets, slots, after, starts[1:] - 1], kv_pages)
         attention = AttentionBatch(
-            num_decode_rows=0 if graph.is_prompt else num_rows,
-            query_starts=starts.tolist() if graph.is_prompt else range(num_rows + 1),
-            seq_lens=columns[5],
+            num_decode_rows=0 if graph.is_prompt else graph.num_rows,
+            query_starts=starts.tolist() if graph.is_prompt else range(graph.num_rows + 1),
+            seq_lens=seq_lens,
             device_seq_lens=graph.seq_lens,
             block_table=self._device_table,
             pages=graph.pages,

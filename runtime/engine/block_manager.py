@@ -101,9 +101,13 @@ class BlockManager:
 
     def pin_published(self, keys: Iterable[BlockKey]) -> list[int]:
         """Pins the pages of keys that are all published."""
-        pages = [self._index[key] for key in keys]
+        index, pins = self._index, self._pins
+        pages = [index[key] for key in keys]
         for page in pages:
-            self.pin(page)
+            if pins[page]:
+                pins[page] += 1
+            else:
+                self.pin(page)
         return pages
 
     def pin(self, page: int) -> None:
@@ -121,16 +125,18 @@ class BlockManager:
 
         `last_step` is the last launched step in which the holder's row names them.
         """
+        pins, last_steps, confirmed = self._pins, self._last_step, self._confirmed
         for page in reversed(pages):
-            if last_step > self._last_step[page]:
-                self._last_step[page] = last_step
-            self._pins[page] -= 1
-            assert self._pins[page] >= 0, f"page {page} was given back twice"
-            if not self._pins[page]:
-                if self._last_step[page] > self._confirmed:
-                    self._deferred[page] = None
-                else:
-                    self._settle(page)
+            if last_step > last_steps[page]:
+                last_steps[page] = last_step
+            left = pins[page] = pins[page] - 1
+            if left > 0:
+                continue
+            assert left == 0, f"page {page} was given back twice"
+            if last_steps[page] > confirmed:
+                self._deferred[page] = None
+            else:
+                self._settle(page)
 
     def confirm(self, sequence: int) -> None:
         """The step `sequence` and all before it are done: what waited for them is allocatable."""

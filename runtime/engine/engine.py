@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from cache_store.key_chains import KeyChains
 from cache_store.keys import BlockKey, hash_fields, root_key, salted_root
 from runtime.engine.block_manager import BlockManager
 from runtime.engine.config import EngineConfig as EngineConfig
@@ -95,6 +96,7 @@ class Engine:
         self._taken: list[Message] = []
         self._live: dict[RequestKey, LiveRequest] = {}
         self._arrivals = itertools.count()
+        self._chains = KeyChains()
         self._deadlines: list[tuple[float, int, LiveRequest]] = []
         self._launched: deque[tuple[Launched, float]] = deque()
         self._stopping = threading.Event()
@@ -266,7 +268,7 @@ class Engine:
             self.outputs.refuse(request.stream, request.request_id, ("BadRequest", message))
             self._inbox.ended(request.key)
             return
-        live = LiveRequest(request, next(self._arrivals), now_s, self.max_model_len, self._request_root(request))
+        live = LiveRequest(request, next(self._arrivals), now_s, self.max_model_len, self._request_root(request), self._chains)
         self._live[request.key] = live
         self.pins.arrived(live)
         self.scheduler.add(live)

@@ -12,6 +12,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cache_store.key_chains import KeyChains
 from cache_store.keys import BlockKey, chain_keys
 from runtime.request import CachedTokens, PinOutcome, Receipt
 from workers.step import SamplingSettings, StepRow
@@ -75,6 +76,7 @@ class LiveRequest:
     """
 
     __slots__ = (
+        "_chains",
         "admitted_s",
         "arrival",
         "arrived_s",
@@ -111,7 +113,9 @@ class LiveRequest:
         "waits_for",
     )
 
-    def __init__(self, request: EngineRequest, arrival: int, arrived_s: float, max_model_len: int, root: BlockKey) -> None:
+    def __init__(
+        self, request: EngineRequest, arrival: int, arrived_s: float, max_model_len: int, root: BlockKey, chains: KeyChains
+    ) -> None:
         self.request = request
         self.arrival = arrival  # order of arrival; the engine
         self.arrived_s = arrived_s
@@ -121,6 +125,7 @@ class LiveRequest:
         self.plan_limit = max(self.limit, self.num_prompt + 1)  # a step that computes the last prompt token samples in any case
         self.root = root  # the engine
         self.keys: list[BlockKey] = []  # of the leading full blocks; extend_keys
+        self._chains = chains
 
         self.phase = Phase.WAITING  # the scheduler
         self.row_id = 0  # the scheduler; new for every admission
@@ -161,9 +166,11 @@ class LiveRequest:
     def extend_keys(self, block_size: int) -> list[BlockKey]:
         """Keys of all full blocks of the known tokens. Each block is hashed once."""
         keys, tokens = self.keys, self.tokens
-        if len(keys) < len(tokens) // block_size:
-            keys += chain_keys(keys[-1] if keys else self.root, tokens[len(keys) * block_size :], block_size)
-        return keys
+        if not keys:
+            self.keys = self._chains.keys(self.root, tokens, block_size)
+        elif len(keys) < len(tokens) // block_size:
+            keys += chain_keys(keys[-1], tokens[len(keys) * block_size :], block_size)
+        return self.keys
 
     def num_reusable_blocks(self, block_size: int) -> int:
         """Leading full blocks that may come from a cache.

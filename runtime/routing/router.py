@@ -16,7 +16,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cache_store.keys import BlockKey, chain_keys, hash_fields, salted_root
+from cache_store.key_chains import KeyChains
+from cache_store.keys import BlockKey, hash_fields, salted_root
 from runtime.engine.frames import Hello, RequestOutput, Submit
 from runtime.errors import BY_NAME, DeadlinePassed, NoReplica, Overloaded, ReplicaLost, SuspectRequest
 from runtime.metrics import ReplicaFigures
@@ -60,6 +61,7 @@ class Router:
         self._settings = settings
         self._on_change = on_change
         self._index = PrefixIndex()
+        self._chains = KeyChains()
         self._membership = Membership(-1)
         self._replicas: dict[str, Replica] = {}
         self._wire_ids = itertools.count(1)
@@ -200,7 +202,7 @@ class Router:
         for root, block_size in {_root_of(hello) for hello in hellos}:
             # The last prompt token is always computed: a block that ends with it is never reused whole.
             reusable = request.prompt_token_ids[: min(len(request.prompt_token_ids) - 1, _MAX_INDEXED_BLOCKS * block_size)]
-            keys[root, block_size] = chain_keys(salted_root(root, request.tenant, request.cache_salt), reusable, block_size)
+            keys[root, block_size] = self._chains.keys(salted_root(root, request.tenant, request.cache_salt), reusable, block_size)
         return keys
 
 

@@ -10,6 +10,7 @@ import statistics
 import time
 from array import array
 
+from cache_store.key_chains import KeyChains
 from cache_store.keys import BlockKey, hash_fields
 from runtime.engine.block_manager import BlockManager
 from runtime.engine.config import EngineConfig, StepLimits
@@ -33,11 +34,11 @@ def _decoding_batch() -> tuple[Scheduler, Outputs]:
     blocks = BlockManager(NUM_ROWS * 128, BLOCK_SIZE)
     scheduler = Scheduler(EngineConfig(), StepLimits(NUM_ROWS, 2048), blocks)
     outputs = Outputs(blocks)
-    root = BlockKey(hash_fields("bench"))
+    root, chains = BlockKey(hash_fields("bench")), KeyChains()
     for number in range(NUM_ROWS):
         prompt = array("I", range(number, number + PROMPT_TOKENS - number % BLOCK_SIZE))
         request = EngineRequest(0, f"r{number}", prompt, SamplingSettings(), 4096, frozenset({1, 2}))
-        scheduler.add(LiveRequest(request, number, 0.0, 8192, root))
+        scheduler.add(LiveRequest(request, number, 0.0, 8192, root, chains))
     while scheduler.num_queued_tokens:
         launched = scheduler.plan()
         assert launched is not None

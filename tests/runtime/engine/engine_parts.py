@@ -6,6 +6,7 @@ import itertools
 from array import array
 from collections.abc import Callable, Sequence
 
+from cache_store.key_chains import KeyChains
 from cache_store.keys import BlockKey, Layout, hash_fields
 from runtime.engine.block_manager import BlockManager
 from runtime.engine.config import EngineConfig
@@ -34,9 +35,10 @@ class Bench:
         self.max_model_len = max_model_len
         self.launched: list[Launched] = []
         self.arrivals = itertools.count()
+        self.chains = KeyChains()
 
     def live(self, request: EngineRequest) -> LiveRequest:
-        return LiveRequest(request, next(self.arrivals), 0.0, self.max_model_len, ROOT)
+        return LiveRequest(request, next(self.arrivals), 0.0, self.max_model_len, ROOT, self.chains)
 
     def add(self, request_id: str, prompt: Sequence[int] | int, max_tokens: int = 8, **fields: object) -> LiveRequest:
         """`prompt` as a number: that many tokens that nobody else has."""

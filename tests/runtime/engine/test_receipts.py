@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine_parts import BLOCK_SIZE, Bench, make_request
 
+from cache_store.key_chains import KeyChains
 from cache_store.keys import BlockKey, hash_fields
 from runtime.engine.live import LiveRequest
 from runtime.engine.receipts import MAX_FIRST_BLOCKS, FirstBlocks
@@ -52,10 +53,10 @@ def test_evicted_keys_are_remembered_within_a_bound() -> None:
 def test_the_same_prompt_under_another_root() -> None:
     bench = Bench()
     admit(bench, bench.add("a", PROMPT, 1))
-    other = LiveRequest(make_request("b", PROMPT, 1), 1, 0.0, 200, ELSEWHERE)
+    other = LiveRequest(make_request("b", PROMPT, 1), 1, 0.0, 200, ELSEWHERE, KeyChains())
     bench.scheduler.add(other)
     assert admit(bench, other) == {"other_namespace": 16, "partial_block": 2}
-    again = LiveRequest(make_request("c", [*PROMPT[:4], *range(50, 60)], 1), 2, 0.0, 200, ELSEWHERE)
+    again = LiveRequest(make_request("c", [*PROMPT[:4], *range(50, 60)], 1), 2, 0.0, 200, ELSEWHERE, KeyChains())
     bench.scheduler.add(again)
     assert admit(bench, again) == {"cold": 8, "partial_block": 2}, "its first block is known under its own root by now"
 
