@@ -9,17 +9,13 @@ Triton's cache.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from triton.runtime.errors import OutOfResources
 
+from tests.bench.gpu_builders import runnable
 from tests.bench.gpu_experts import HIDDEN, NUM_CHOSEN, NUM_EXPERTS, NUM_LAYERS, SIZE, Layer, captured, random_layers, random_step
 from workers.kernels.experts import Tile, run_streamed, usual_tiles
 
@@ -27,17 +23,18 @@ NUM_TOKENS = (16, 64, 256)
 MIN_SHARED_BYTES = 32 << 10
 MAX_SHARED_BYTES = 227 << 10  # of one program on Hopper
 MAX_SUMS = 128  # registers of a thread
-NUM_BUILDERS = 14
 NUM_SHOWN = 8
 NAMES = ("gate_up", "down")
 Pair = tuple[Tile, Tile]
+Job = tuple[int, int, Pair]  # tokens, product, tiles
+_LAYERS: list[Layer] = []  # of this process, once it runs a job
 
 
 def candidates(product: int, pairs_per_expert: float) -> list[Tile]:
     """Of `gate_up` (0) or `down` (1): that fit, and that hold most experts' pairs at once."""
     matrices = 2 - product
     found = []
-    sizes = itertools.product((16, 32, 64), (32, 64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4, 5), (False, True))
+    sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4, 5), (False, True))
     for tile in itertools.starmap(Tile, sizes):
         shared_bytes = 2 * tile.inner * (matrices * tile.columns + tile.pairs) * (tile.num_stages - (not tile.turned))
         sums = matrices * tile.pairs * tile.columns // (32 * tile.num_warps)
@@ -48,16 +45,11 @@ def candidates(product: int, pairs_per_expert: float) -> list[Tile]:
     return found
 
 
-def build(num_tokens: int, share: list[tuple[int, Pair]]) -> list[tuple[int, Pair]]:
-    """Runs each once, in a process of its own, and returns those that the card can run."""
-    layer, step = random_layers(1)[0], random_step(num_tokens)
-    runnable = []
-    for product, tiles in share:
-        with contextlib.suppress(OutOfResources):
-            run_streamed(*step, *layer, None, tiles)
-            runnable.append((product, tiles))
-    torch.cuda.synchronize()
-    return runnable
+def run_once(job: Job) -> None:
+    num_tokens, _, tiles = job
+    if not _LAYERS:
+        _LAYERS.extend(random_layers(1))
+    run_streamed(*random_step(num_tokens), *_LAYERS[0], None, tiles)
 
 
 class Search:
@@ -79,11 +71,8 @@ class Search:
         return sorted(times_ms, key=lambda tile: times_ms[tile])[:NUM_SHOWN]
 
     def _time(self, tiles: list[list[Tile]]) -> None:
-        pairs = [(product, self._beside(product, tile)) for product in range(2) for tile in tiles[product]]
-        shares = [pairs[start::NUM_BUILDERS] for start in range(NUM_BUILDERS)]
-        with ProcessPoolExecutor(min(NUM_BUILDERS, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as executor:
-            runnable = list(itertools.chain.from_iterable(executor.map(build, [self.num_tokens] * NUM_BUILDERS, shares)))
-        for product, pair in runnable:
+        jobs = [(self.num_tokens, product, self._beside(product, tile)) for product in range(2) for tile in tiles[product]]
+        for _, product, pair in runnable(run_once, jobs):
             self.times_ms[product][pair[product]] = captured(run_streamed, self._layers, self._step, pair)
 
     def _beside(self, product: int, tile: Tile) -> Pair:

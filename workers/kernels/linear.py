@@ -8,15 +8,27 @@ T tokens, I inputs, O outputs
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 MAX_TOKENS = 64
-_NARROW, _WIDE = (32, 256), (64, 128)  # outputs of a program, and inputs at a time
+
+
+class Tile(NamedTuple):
+    """Outputs of a program, and inputs that it loads together."""
+
+    outputs: int
+    inputs: int
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+_NARROW, _WIDE = Tile(32, 256), Tile(64, 128)
 _WIDE_TOKENS = 32  # beyond, tiles of inputs leave less of shared memory to the weights
 _WIDE_OUTPUTS = 4096
-_NUM_WARPS, _NUM_STAGES = 4, 4
 
 
 @triton.jit(do_not_specialize=["num_tokens"])  # or odd numbers would be built while requests wait
@@ -63,18 +75,28 @@ def can_multiply(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     )
 
 
+def usual_tile(num_tokens: int, num_outputs: int, *, gated: bool) -> Tile:
+    return _WIDE if num_tokens > _WIDE_TOKENS and (gated or num_outputs > _WIDE_OUTPUTS) else _NARROW
+
+
 def multiply(
-    x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, gated: bool = False, dtype: torch.dtype | None = None
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    *,
+    gated: bool = False,
+    dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
-    """[T, O], of `dtype` or that of x. `gated`: the weight holds gates, then ups, and silu(gate) * up is returned, [T, O / 2]."""
+    """[T, O], of `dtype` or that of x. `gated`: the weight holds gates, then ups, and silu(gate) * up is returned, [T, O / 2]. `tile`:
+    instead of the usual one."""
     num_tokens, num_inputs = x_TI.shape
     num_outputs = len(weight_OI) // 2 if gated else len(weight_OI)
     out_TO = torch.empty((num_tokens, num_outputs), dtype=dtype or x_TI.dtype, device=x_TI.device)
-    wide = num_tokens > _WIDE_TOKENS and (gated or num_outputs > _WIDE_OUTPUTS)
-    block_outputs, block_inputs = _WIDE if wide else _NARROW
-    _linear[(triton.cdiv(num_outputs, block_outputs),)](
+    tile = tile or usual_tile(num_tokens, num_outputs, gated=gated)
+    _linear[(triton.cdiv(num_outputs, tile.outputs),)](
         x_TI, weight_OI, weight_OI if bias_O is None else bias_O, out_TO, num_tokens, num_inputs, num_outputs, x_TI.stride(0),
-        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_O=block_outputs, BLOCK_I=block_inputs,
-        EVEN=num_inputs % block_inputs == 0, HAS_BIAS=bias_O is not None, GATED=gated, num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
+        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_O=tile.outputs, BLOCK_I=tile.inputs,
+        EVEN=num_inputs % tile.inputs == 0, HAS_BIAS=bias_O is not None, GATED=gated, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out_TO
