@@ -1,9 +1,6 @@
 """Which tiles suit the expert kernels of `workers.kernels.experts` on this card: every candidate is timed, the best are printed.
 
 usage: python -m tests.bench.gpu_tiles [--tokens N ...] [--out FILE.json]
-
-Sizes first, then the order of programs for the best of them. Candidates are built ahead by several processes, into
-Triton's cache.
 """
 
 from __future__ import annotations
@@ -34,13 +31,13 @@ def candidates(product: int, pairs_per_expert: float) -> list[Tile]:
     """Of `gate_up` (0) or `down` (1): that fit, and that hold most experts' pairs at once."""
     matrices = 2 - product
     found = []
-    sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4, 5), (False, True))
+    sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4, 5))
     for tile in itertools.starmap(Tile, sizes):
-        shared_bytes = 2 * tile.inner * (matrices * tile.columns + tile.pairs) * (tile.num_stages - (not tile.turned))
+        shared_bytes = 2 * tile.inner * (matrices * tile.columns + tile.pairs) * (tile.num_stages - 1)
         sums = matrices * tile.pairs * tile.columns // (32 * tile.num_warps)
         fits = MIN_SHARED_BYTES <= shared_bytes <= MAX_SHARED_BYTES and sums <= MAX_SUMS
         holds = 2 / 3 * pairs_per_expert <= tile.pairs <= max(16, 4 * pairs_per_expert)
-        if fits and holds and 4096 <= tile.columns * tile.inner <= 16384 and not (tile.turned and tile.columns < 16 * tile.num_warps):
+        if fits and holds and 4096 <= tile.columns * tile.inner <= 16384:
             found.append(tile)
     return found
 
@@ -63,17 +60,17 @@ class Search:
         self._usual = usual_tiles(self._pairs_per_expert, torch.bfloat16)
 
     def run(self) -> None:
-        self._time([candidates(product, self._pairs_per_expert) for product in range(2)])
-        self._time([[tile._replace(columns_first=True) for tile in self.best(product)] for product in range(2)])
+        jobs = [
+            (self.num_tokens, product, self._beside(product, tile))
+            for product in range(2)
+            for tile in candidates(product, self._pairs_per_expert)
+        ]
+        for _, product, pair in runnable(run_once, jobs):
+            self.times_ms[product][pair[product]] = captured(run_streamed, self._layers, self._step, pair)
 
     def best(self, product: int) -> list[Tile]:
         times_ms = self.times_ms[product]
         return sorted(times_ms, key=lambda tile: times_ms[tile])[:NUM_SHOWN]
-
-    def _time(self, tiles: list[list[Tile]]) -> None:
-        jobs = [(self.num_tokens, product, self._beside(product, tile)) for product in range(2) for tile in tiles[product]]
-        for _, product, pair in runnable(run_once, jobs):
-            self.times_ms[product][pair[product]] = captured(run_streamed, self._layers, self._step, pair)
 
     def _beside(self, product: int, tile: Tile) -> Pair:
         return (tile, self._usual[1]) if product == 0 else (self._usual[0], tile)

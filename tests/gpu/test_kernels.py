@@ -222,8 +222,9 @@ def test_experts(dtype, num_tokens):
         expected.index_add_(0, token, weights[token, rank][:, None] * ((F.silu(gate) * up) @ down[expert].float().T))
     scale = 3.0 if dtype is torch.float32 else 1.0  # tensor cores multiply float32 as tf32
     near(out, expected, scale=scale)
-    turned = tuple(tile._replace(turned=not tile.turned) for tile in usual_tiles(experts.numel() / num_experts, dtype))
-    near(run_streamed(x, experts, weights, gate_up, down, lambda: shared, turned), expected, scale=scale)
+    for pairs_per_expert in (1, 20, 80):
+        tiles = usual_tiles(pairs_per_expert, dtype)
+        near(run_streamed(x, experts, weights, gate_up, down, lambda: shared, tiles), expected, scale=scale)
 
 
 def test_draws_are_those_of_the_cpu():

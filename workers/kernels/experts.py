@@ -26,27 +26,22 @@ Shared = Callable[[], torch.Tensor] | None
 
 class Tile(NamedTuple):
     """What one program of a grouped product holds at once: pairs and output columns, and of the inner dimension what it loads together.
-    `turned`: columns times pairs, so that weights come first. `columns_first`: neighbouring programs share an expert, not the columns."""
+    Neighbouring programs share an expert."""
 
     pairs: int
     columns: int
     inner: int
     num_warps: int
     num_stages: int
-    turned: bool = False
-    columns_first: bool = False
 
     def grid(self, num_experts: int, num_columns: int) -> tuple[int, int]:
-        grid = num_experts, triton.cdiv(num_columns, self.columns)
-        return grid[::-1] if self.columns_first else grid
+        return triton.cdiv(num_columns, self.columns), num_experts
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int]:
         return {
             "PAIRS": self.pairs,
             "COLUMNS": self.columns,
             "INNER": self.inner,
-            "TURNED": self.turned,
-            "EXPERT_AXIS": int(self.columns_first),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -207,12 +202,11 @@ def group_pairs(experts_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
 @triton.jit
 def _gate_up(
     x_ptr, weight_ptr, order_ptr, starts_ptr, out_ptr, H, I, K,
-    PAIRS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TURNED: tl.constexpr,
-    EXPERT_AXIS: tl.constexpr,
+    PAIRS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(EXPERT_AXIS).to(tl.int64)
+    expert = tl.program_id(1).to(tl.int64)
     start, stop = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
-    column = tl.program_id(1 - EXPERT_AXIS) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < I
     inner = tl.arange(0, INNER)
     gate_base = weight_ptr + expert * 2 * I * H + column.to(tl.int64) * H
@@ -222,37 +216,27 @@ def _gate_up(
         is_row = row < stop
         token = tl.load(order_ptr + row, mask=is_row, other=0) // K
         x_base = x_ptr + token.to(tl.int64) * H
-        gate = tl.zeros((COLUMNS, PAIRS) if TURNED else (PAIRS, COLUMNS), tl.float32)
-        up = tl.zeros((COLUMNS, PAIRS) if TURNED else (PAIRS, COLUMNS), tl.float32)
+        gate = tl.zeros((PAIRS, COLUMNS), tl.float32)
+        up = tl.zeros((PAIRS, COLUMNS), tl.float32)
         for begin in range(0, H, INNER):
             at = begin + inner
-            if TURNED:
-                x = tl.load(x_base[None, :] + at[:, None], mask=is_row[None, :] & (at < H)[:, None], other=0.0)
-                is_weight = is_column[:, None] & (at < H)[None, :]
-                gate = tl.dot(tl.load(gate_base[:, None] + at[None, :], mask=is_weight, other=0.0), x, gate, input_precision="ieee")
-                up = tl.dot(tl.load(up_base[:, None] + at[None, :], mask=is_weight, other=0.0), x, up, input_precision="ieee")
-            else:
-                x = tl.load(x_base[:, None] + at[None, :], mask=is_row[:, None] & (at < H)[None, :], other=0.0)
-                is_weight = is_column[None, :] & (at < H)[:, None]
-                gate = tl.dot(x, tl.load(gate_base[None, :] + at[:, None], mask=is_weight, other=0.0), gate, input_precision="ieee")
-                up = tl.dot(x, tl.load(up_base[None, :] + at[:, None], mask=is_weight, other=0.0), up, input_precision="ieee")
+            x = tl.load(x_base[:, None] + at[None, :], mask=is_row[:, None] & (at < H)[None, :], other=0.0)
+            is_weight = is_column[None, :] & (at < H)[:, None]
+            gate = tl.dot(x, tl.load(gate_base[None, :] + at[:, None], mask=is_weight, other=0.0), gate, input_precision="ieee")
+            up = tl.dot(x, tl.load(up_base[None, :] + at[:, None], mask=is_weight, other=0.0), up, input_precision="ieee")
         out = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
         target = out_ptr + row.to(tl.int64) * I
-        if TURNED:
-            tl.store(target[None, :] + column[:, None], out, mask=is_row[None, :] & is_column[:, None])
-        else:
-            tl.store(target[:, None] + column[None, :], out, mask=is_row[:, None] & is_column[None, :])
+        tl.store(target[:, None] + column[None, :], out, mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit
 def _down(
     x_ptr, weight_ptr, order_ptr, starts_ptr, scale_ptr, out_ptr, H, I,
-    PAIRS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TURNED: tl.constexpr,
-    EXPERT_AXIS: tl.constexpr,
+    PAIRS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(EXPERT_AXIS).to(tl.int64)
+    expert = tl.program_id(1).to(tl.int64)
     start, stop = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
-    column = tl.program_id(1 - EXPERT_AXIS) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < H
     inner = tl.arange(0, INNER)
     base = weight_ptr + expert * H * I + column.to(tl.int64) * I
@@ -260,26 +244,17 @@ def _down(
         row = first + tl.arange(0, PAIRS)
         is_row = row < stop
         x_base = x_ptr + row.to(tl.int64) * I
-        acc = tl.zeros((COLUMNS, PAIRS) if TURNED else (PAIRS, COLUMNS), tl.float32)
+        acc = tl.zeros((PAIRS, COLUMNS), tl.float32)
         for begin in range(0, I, INNER):
             at = begin + inner
-            if TURNED:
-                x = tl.load(x_base[None, :] + at[:, None], mask=is_row[None, :] & (at < I)[:, None], other=0.0)
-                weight = tl.load(base[:, None] + at[None, :], mask=is_column[:, None] & (at < I)[None, :], other=0.0)
-                acc = tl.dot(weight, x, acc, input_precision="ieee")
-            else:
-                x = tl.load(x_base[:, None] + at[None, :], mask=is_row[:, None] & (at < I)[None, :], other=0.0)
-                weight = tl.load(base[None, :] + at[:, None], mask=is_column[None, :] & (at < I)[:, None], other=0.0)
-                acc = tl.dot(x, weight, acc, input_precision="ieee")
+            x = tl.load(x_base[:, None] + at[None, :], mask=is_row[:, None] & (at < I)[None, :], other=0.0)
+            weight = tl.load(base[None, :] + at[:, None], mask=is_column[None, :] & (at < I)[:, None], other=0.0)
+            acc = tl.dot(x, weight, acc, input_precision="ieee")
         pair = tl.load(order_ptr + row, mask=is_row, other=0)
         scale = tl.load(scale_ptr + pair, mask=is_row, other=0.0)
         target = out_ptr + pair.to(tl.int64) * H
-        if TURNED:
-            acc *= scale[None, :]
-            tl.store(target[None, :] + column[:, None], acc.to(out_ptr.dtype.element_ty), mask=is_row[None, :] & is_column[:, None])
-        else:
-            acc *= scale[:, None]
-            tl.store(target[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+        acc *= scale[:, None]
+        tl.store(target[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit
@@ -374,7 +349,7 @@ def usual_tiles(pairs_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Tile
     if dtype is torch.float32:
         return Tile(16, 64, 32, 4, 3), Tile(16, 64, 32, 4, 4)
     if pairs_per_expert <= 8:
-        return Tile(16, 32, 128, 4, 4, columns_first=True), Tile(16, 128, 128, 4, 4, columns_first=True)
+        return Tile(16, 32, 128, 4, 4), Tile(16, 128, 128, 4, 4)
     if pairs_per_expert <= 48:
-        return Tile(64, 64, 64, 4, 3, columns_first=True), Tile(64, 64, 64, 4, 3, columns_first=True)
-    return Tile(128, 128, 64, 8, 4, columns_first=True), Tile(128, 128, 64, 8, 4, columns_first=True)
+        return Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3)
+    return Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)
