@@ -45,7 +45,7 @@ class _Planned:
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
         first = wrapper._pin_memory_int_workspace_buffer
-        self._staging = [first, torch.empty_like(first, pin_memory=True)]
+        self._staging = [first, torch.empty_like(first).pin_memory()]
 
     def plan(self, *arguments: Any, **options: Any) -> None:
         self._staging.reverse()

@@ -1,0 +1,197 @@
+"""What the FlashInfer backend plans and runs, over wrappers in plain torch, against the reference. tests/gpu has the real ones."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from cache_store.keys import Layout
+from tests.workers import fake_flashinfer
+from workers.attention import flashinfer
+from workers.attention.base import AttentionBatch, AttentionShape, make_backend
+from workers.kv.layout import PageLayout
+from workers.kv.pool import PagePool
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+NUM_LAYERS, NUM_PAGES = 2, 64
+CPU = torch.device("cpu")
+Row = tuple[int, int]  # cached, queries
+BATCHES: list[list[Row]] = [
+    [(0, 1)],
+    [(17, 1), (300, 1), (5, 1)],
+    [(0, 40)],
+    [(64, 70), (0, 128)],
+    [(15, 1), (16, 1), (0, 2), (33, 31), (128, 100)],
+    [(310, 5), (90, 33)],
+]
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch):
+    fake_flashinfer.install(monkeypatch)
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(flashinfer.FlashInferAttention, "_check", lambda self: None)  # there is no CUDA device
+
+
+def planned() -> list[str]:
+    """Since the last call."""
+    names = list(fake_flashinfer.planned_in)
+    fake_flashinfer.planned_in.clear()
+    return names
+
+
+def make_batch(rows: list[Row], block_size: int, rng: np.random.RandomState) -> AttentionBatch:
+    free = list(rng.permutation(np.arange(1, NUM_PAGES)))
+    lengths = [cached + queries for cached, queries in rows]
+    counts = [-(-length // block_size) for length in lengths]
+    table = np.zeros((len(rows), max(counts)), np.int64)
+    starts, positions, owners = [0], [], []
+    for index, ((cached, queries), count) in enumerate(zip(rows, counts, strict=True)):
+        table[index, :count] = [free.pop() for _ in range(count)]
+        positions += range(cached, cached + queries)
+        owners += [index] * queries
+        starts.append(starts[-1] + queries)
+    position = np.array(positions)
+    return AttentionBatch(
+        num_decode_rows=sum(queries == 1 for _, queries in rows),
+        query_starts=starts,
+        seq_lens=lengths,
+        device_seq_lens=torch.tensor(lengths),
+        block_table=torch.from_numpy(table),
+        pages=torch.from_numpy(table[owners, position // block_size]),
+        offsets=torch.from_numpy(position % block_size),
+        kv_pages=torch.from_numpy(np.concatenate([table[index, :count] for index, count in enumerate(counts)]).astype(np.int32)),
+        kv_starts=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
+    )
+
+
+def pair(shape: AttentionShape, page_shape: tuple[int, ...], block_size: int):
+    """The backend and the reference, over pools of the same content."""
+    layout = PageLayout(Layout("any", 0, block_size, "float32", 1, page_shape), 1, 0, page_shape, "float32", 0, 1, 0, 1)
+    pools = [PagePool(layout, NUM_PAGES, CPU) for _ in range(2)]
+    pools[0].tensor.normal_()
+    pools[1].tensor.copy_(pools[0].tensor)
+    return make_backend("flashinfer", shape, pools[0]), make_backend("reference", shape, pools[1])
+
+
+def gqa_pair(block_size: int = 16, window: int | None = None):
+    return pair(AttentionShape(8, 2, 64, 64**-0.5, window=window), (2, NUM_LAYERS, 2, block_size, 64), block_size)
+
+
+def latent_pair():
+    return pair(AttentionShape(4, 1, 0, 0.1, 512), (NUM_LAYERS, 64, 576), 64)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_gqa(block_size, window):
+    backend, reference = gqa_pair(block_size, window)
+    rng = np.random.RandomState(block_size)
+    torch.manual_seed(0)
+    for rows in BATCHES:
+        batch = make_batch(rows, block_size, rng)
+        for each in (backend, reference):
+            each.begin(batch)
+        for layer in range(NUM_LAYERS):
+            q, kv = torch.randn(batch.query_starts[-1], 8, 64), torch.randn(batch.query_starts[-1], 4, 64)
+            for each in (backend, reference):
+                each.write_gqa(layer, kv)
+            close(backend.gqa(layer, q), reference.gqa(layer, q))
+    assert torch.equal(backend.pool.tensor, reference.pool.tensor)
+
+
+@pytest.mark.parametrize(
+    ("rows", "gather_queries", "expected"),
+    [
+        ([(40, 1), (3, 1)], 512, ["decode"]),
+        ([(40, 1), (3, 30)], 512, ["decode", "paged fa3"]),
+        ([(40, 1), (300, 8)], 512, ["decode", "paged fa2"]),  # few queries over many keys: only fa2 splits the keys
+        ([(40, 1), (300, 8), (0, 200)], 512, ["decode", "paged fa3"]),
+        ([(40, 1), (100, 20), (0, 100)], 16, ["decode", "ragged"]),  # many queries a key: these are copied together first
+    ],
+)
+def test_which_kernel_takes_which_rows(monkeypatch, rows, gather_queries, expected):
+    monkeypatch.setattr(flashinfer, "_SPLIT_KEYS", 256)
+    monkeypatch.setattr(flashinfer, "_GATHER_QUERIES", gather_queries)
+    backend, reference = gqa_pair()
+    batch = make_batch(rows, 16, np.random.RandomState(0))
+    planned()
+    for each in (backend, reference):
+        each.begin(batch)
+    assert planned() == expected
+    q = torch.randn(batch.query_starts[-1], 8, 64)
+    close(backend.gqa(1, q), reference.gqa(1, q))
+
+
+@pytest.mark.parametrize("projected_bytes", [1 << 30, 4 * 448 * 4 * 128])
+def test_latents(monkeypatch, projected_bytes):
+    """Both forms; the plain one also over many ranges of keys."""
+    monkeypatch.setattr(flashinfer, "PROJECTED_BYTES", projected_bytes)
+    backend, reference = latent_pair()
+    rng = np.random.RandomState(1)
+    torch.manual_seed(1)
+    for rows in BATCHES:
+        batch = make_batch(rows, 64, rng)
+        num_absorbed = batch.num_decode_rows + (len(rows) > batch.num_decode_rows + 1)
+        first_plain, num_tokens = batch.query_starts[num_absorbed], batch.query_starts[-1]
+        up = torch.randn(4 * 256, 512) * 0.05
+        for each in (backend, reference):
+            each.begin(batch)
+        for layer in range(NUM_LAYERS):
+            latents = torch.randn(num_tokens, 576)
+            q, q_rope, plain = (
+                torch.randn(first_plain, 4, 512),
+                torch.randn(first_plain, 4, 64),
+                torch.randn(num_tokens - first_plain, 4, 192),
+            )
+            for each in (backend, reference):
+                each.write_mla(layer, latents)
+            absorbed, rest = range(num_absorbed), range(num_absorbed, len(rows))
+            if absorbed:
+                close(backend.mla_absorbed(layer, q, q_rope, absorbed), reference.mla_absorbed(layer, q, q_rope, absorbed))
+            if rest:
+                close(backend.mla_plain(layer, plain, up, 128, rest), reference.mla_plain(layer, plain, up, 128, rest))
+    assert torch.equal(backend.pool.tensor, reference.pool.tensor)
+
+
+@pytest.mark.parametrize("is_latent", [False, True])
+@pytest.mark.parametrize(("num_rows", "num_tokens", "first"), [(4, 4, [(0, 1)] * 4), (1, 32, [(0, 32)])])
+def test_captured_batches(is_latent, num_rows, num_tokens, first):
+    """As a graph would run them: on all tokens, whatever the batch has."""
+    backend, reference = latent_pair() if is_latent else gqa_pair()
+    block_size = 64 if is_latent else 16
+    rng = np.random.RandomState(2)
+    backend.reserve_graph(num_rows, num_tokens, 64)
+    q = torch.randn(num_tokens, 4, 576) if is_latent else torch.randn(num_tokens, 8, 64)
+
+    def run(each, count=num_tokens):
+        part = q[:count]
+        return each.mla_absorbed(1, part[..., :512], part[..., 512:], range(num_rows)) if is_latent else each.gqa(1, part)
+
+    decode = [[(15, 1), (300, 1), (64, 1), (0, 1)], [(5, 1)] * 4]
+    for rows in [first, *(decode if num_rows > 1 else [[(300, 5)], [(0, 32)], [(17, 2)]])]:
+        batch = dataclasses.replace(make_batch(rows, block_size, rng), pages=torch.zeros(num_tokens, dtype=torch.int64), is_captured=True)
+        planned()
+        backend.begin_graph(batch)
+        assert len(planned()) == 1
+        reference.begin(batch)
+        count = batch.query_starts[-1]
+        out = run(backend)
+        close(out[:count], run(reference, count))
+        assert torch.isfinite(out).all(), "padding goes on through the layers, and must not become NaN"
+
+
+def test_each_plan_stages_its_numbers_where_the_one_before_did_not():
+    backend, _ = gqa_pair()
+    batch = make_batch([(40, 1)], 16, np.random.RandomState(3))
+    places = []
+    for _ in range(4):
+        backend.begin(batch)
+        places.append(backend._decode.wrapper._pin_memory_int_workspace_buffer.data_ptr())
+    assert places[0] == places[2] != places[1] == places[3]
