@@ -102,7 +102,7 @@ def test_mla(num_heads, monkeypatch):
     backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
     rng = np.random.RandomState(num_heads)
     for rows, projected_bytes in itertools.product(BATCHES, (1 << 30, num_heads * 448 * 2 * 128)):
-        monkeypatch.setattr("workers.attention.flashinfer.PROJECTED_BYTES", projected_bytes)
+        monkeypatch.setattr("workers.attention.flashinfer_latent.PROJECTED_BYTES", projected_bytes)
         batch = make_batch(rows, block, 64, rng)
         split = batch.num_decode_rows + (1 if len(rows) > batch.num_decode_rows + 1 else 0)
         first_plain = batch.query_starts[split]

@@ -8,8 +8,9 @@ import torch
 
 from cache_store.keys import Layout
 from tests.workers import fake_flashinfer
-from workers.attention import flashinfer
+from workers.attention import flashinfer_gqa, flashinfer_latent, flashinfer_wrappers
 from workers.attention.base import AttentionBatch, AttentionShape, make_backend
+from workers.attention.flashinfer import FlashInferAttention
 from workers.kv.layout import PageLayout
 from workers.kv.pool import PagePool
 
@@ -31,8 +32,8 @@ BATCHES: list[list[Row]] = [
 @pytest.fixture(autouse=True)
 def library(monkeypatch):
     fake_flashinfer.install(monkeypatch)
-    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
-    monkeypatch.setattr(flashinfer.FlashInferAttention, "_check", lambda self: None)  # there is no CUDA device
+    monkeypatch.setattr(flashinfer_wrappers, "WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(FlashInferAttention, "_check", lambda self: None)  # there is no CUDA device
 
 
 def planned() -> list[str]:
@@ -117,8 +118,8 @@ def test_gqa(block_size, window):
     ],
 )
 def test_which_kernel_takes_which_rows(monkeypatch, rows, gather_queries, expected):
-    monkeypatch.setattr(flashinfer, "_SPLIT_KEYS", 256)
-    monkeypatch.setattr(flashinfer, "_GATHER_QUERIES", gather_queries)
+    monkeypatch.setattr(flashinfer_gqa, "SPLIT_KEYS", 256)
+    monkeypatch.setattr(flashinfer_gqa, "GATHER_QUERIES", gather_queries)
     backend, reference = gqa_pair()
     batch = make_batch(rows, 16, np.random.RandomState(0))
     planned()
@@ -132,7 +133,7 @@ def test_which_kernel_takes_which_rows(monkeypatch, rows, gather_queries, expect
 @pytest.mark.parametrize("projected_bytes", [1 << 30, 4 * 448 * 4 * 128])
 def test_latents(monkeypatch, projected_bytes):
     """Both forms; the plain one also over many ranges of keys."""
-    monkeypatch.setattr(flashinfer, "PROJECTED_BYTES", projected_bytes)
+    monkeypatch.setattr(flashinfer_latent, "PROJECTED_BYTES", projected_bytes)
     backend, reference = latent_pair()
     rng = np.random.RandomState(1)
     torch.manual_seed(1)
@@ -193,5 +194,16 @@ def test_each_plan_stages_its_numbers_where_the_one_before_did_not():
     places = []
     for _ in range(4):
         backend.begin(batch)
-        places.append(backend._decode.wrapper._pin_memory_int_workspace_buffer.data_ptr())
+        places.append(backend._gqa._decode.wrapper._pin_memory_int_workspace_buffer.data_ptr())
     assert places[0] == places[2] != places[1] == places[3]
+
+
+@pytest.mark.parametrize("make", [gqa_pair, latent_pair])
+def test_every_kernel_is_planned_ahead(monkeypatch, make):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    backend, _ = make()
+    seen = []
+    planned()
+    backend.build(lambda *progress: seen.append(progress))
+    assert sorted(planned()) == (["latent", "ragged"] if make is latent_pair else ["decode", "paged fa2", "paged fa3"])
+    assert seen == [("kernels", done, len(seen) - 1) for done in range(len(seen))]
