@@ -8,6 +8,7 @@ A decode step has rows of 512 tokens. A prefill step is one prompt, `--behind` t
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import tempfile
@@ -108,6 +109,7 @@ def main() -> None:
         folder = write_shape(arguments.shape, Path(scratch))
         worker = WorkerConfig(str(folder), load_format="dummy", device="cuda", max_model_len=MAX_MODEL_LEN)
         steps = Steps(Runner(worker, Communicator.single("cuda:0"), lambda *_: None))
+    gc.freeze()  # as a rank does
     for count in arguments.decode:
         ids = steps.prefill(steps.rows(count, DECODE_CONTEXT, NUM_WARM_UPS + NUM_TIMED + NUM_PROFILED + 1))
         show(f"decode of {count} rows", lambda ids=ids: steps.run([], dict.fromkeys(ids, 1), []), arguments.top)

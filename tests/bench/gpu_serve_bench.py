@@ -1,4 +1,4 @@
-"""Streams through the whole service on a GPU: `mobula serve` on real Ray, clients over gRPC from this process. Prints and saves JSON.
+"""Streams through the whole service on a GPU: `mobula serve` on real Ray, clients over gRPC. Prints and saves JSON.
 
 usage: python -m tests.bench.gpu_serve_bench [--shape llama8b] [--checkpoints FOLDER] [--budget SECONDS] [--out FILE] [--chart FILE.png]
 """
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +20,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,9 @@ CHECKPOINT_TIMEOUT_S = 900.0
 END_TIMEOUT_S = 60.0
 LOG_TAIL_BYTES = 6000
 REQUEST_TIMEOUT_S = 120.0
-NUM_CHANNELS = 8  # a channel is one connection
+NUM_CLIENTS = 4
+NUM_CHANNELS = 4  # of a client; a channel is one connection
+START_DELAY_S = 0.2  # in which every client has heard of the next start
 
 
 @contextlib.contextmanager
@@ -81,51 +86,87 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.stdout.close()
 
 
-async def one(stub: Any, prompt: list[int], num_tokens: int) -> list[float]:
-    """When it was sent, and when each token came."""
-    request = pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=prompt), sampling=pb.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    )
-    times_s = [time.perf_counter()]
-    async for event in stub.Generate(request, timeout=REQUEST_TIMEOUT_S):
-        now_s = time.perf_counter()
-        times_s += [now_s] * len(event.tokens.token_ids)
-    return times_s
+class Client:
+    """A process that sends requests: one alone would read 256 streams more slowly than they come."""
+
+    def __init__(self, address: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._channels = self._loop.run_until_complete(self._connect(address))
+
+    async def _connect(self, address: str) -> list[grpc.aio.Channel]:
+        channels = [grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(NUM_CHANNELS)]
+        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        return channels
+
+    def run(self, prompts: list[list[int]], num_tokens: int, start_s: float) -> list[list[float]]:
+        """Of each prompt when it was sent, at `start_s`, and when each token came, as time.perf_counter() says it in every process."""
+        return self._loop.run_until_complete(self._together(prompts, num_tokens, start_s))
+
+    async def _together(self, prompts: list[list[int]], num_tokens: int, start_s: float) -> list[list[float]]:
+        stubs: list[Any] = [rpc.InferenceStub(channel) for channel in self._channels]
+        await asyncio.sleep(start_s - time.perf_counter())
+        return await asyncio.gather(*(self._one(stubs[i % NUM_CHANNELS], prompt, num_tokens) for i, prompt in enumerate(prompts)))
+
+    async def _one(self, stub: Any, prompt: list[int], num_tokens: int) -> list[float]:
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=prompt), sampling=pb.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        )
+        times_s = [time.perf_counter()]
+        async for event in stub.Generate(request, timeout=REQUEST_TIMEOUT_S):
+            now_s = time.perf_counter()
+            times_s += [now_s] * len(event.tokens.token_ids)
+        return times_s
 
 
-async def measure(address: str, vocab_size: int, budget: Budget, figures: dict[str, float]) -> None:
+@cache
+def client_of(address: str) -> Client:
+    """This process's."""
+    return Client(address)
+
+
+def run_share(address: str, prompts: list[list[int]], num_tokens: int, start_s: float) -> list[list[float]]:
+    """RuntimeError, which gets from one process to another, for what the service refuses."""
+    try:
+        return client_of(address).run(prompts, num_tokens, start_s)
+    except grpc.aio.AioRpcError as error:
+        raise RuntimeError(f"the service said {error.code().name}: {error.details()}") from None
+
+
+def measure(address: str, vocab_size: int, budget: Budget, figures: dict[str, float]) -> None:
     """Fills `figures`, a concurrency after the other."""
     rng = random.Random(0)
-    channels = [grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(NUM_CHANNELS)]
-    stubs: list[Any] = [rpc.InferenceStub(channel) for channel in channels]
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(NUM_CLIENTS)]
 
-    async def together(count: int, num_tokens: int) -> tuple[float, list[list[float]]]:
-        prompts = [rng.choices(range(10, vocab_size - 10), k=STREAM_PROMPT) for _ in range(count)]
-        began_s = time.perf_counter()
-        runs = await asyncio.gather(*(one(stubs[i % NUM_CHANNELS], prompt, num_tokens) for i, prompt in enumerate(prompts)))
-        return time.perf_counter() - began_s, runs
+        def together(count: int, num_tokens: int) -> tuple[float, list[list[float]]]:
+            """Seconds from the start to the last token, and the times of each stream."""
+            prompts = [rng.choices(range(10, vocab_size - 10), k=STREAM_PROMPT) for _ in range(count)]
+            start_s = time.perf_counter() + START_DELAY_S
+            shares = (prompts[i::NUM_CLIENTS] for i in range(NUM_CLIENTS))
+            futures = [client.submit(run_share, address, share, num_tokens, start_s) for client, share in zip(clients, shares, strict=True)]
+            runs = [run for future in futures for run in future.result(REQUEST_TIMEOUT_S)]
+            return max(run[-1] for run in runs) - start_s, runs
 
-    for count in CONCURRENCIES:
-        if budget.left_s <= 0:
-            print(f"{count} streams are skipped: the budget is spent", file=sys.stderr, flush=True)
-            continue
-        await together(count, 8)
-        repeats = 5 if count == 1 else 1
-        results = [await together(count, STREAM_TOKENS) for _ in range(repeats)]
-        runs = [run for _, each in results for run in each]
-        ttfts = sorted((run[1] - run[0]) * 1e3 for run in runs)
-        gaps = sorted((b - a) * 1e3 for run in runs for a, b in itertools.pairwise(run[1:]))
-        found = {
-            f"serve_{count}_ttft_p50_ms": ttfts[len(ttfts) // 2],
-            f"serve_{count}_ttft_p99_ms": ttfts[int(len(ttfts) * 0.99)],
-            f"serve_{count}_gap_p50_ms": gaps[len(gaps) // 2],
-            f"serve_{count}_gap_p99_ms": gaps[int(len(gaps) * 0.99)],
-            f"serve_{count}_tok_s": len(runs) * STREAM_TOKENS / sum(seconds for seconds, _ in results),
-        }
-        figures.update(found)
-        print(json.dumps({name: round(value, 2) for name, value in found.items()}), file=sys.stderr, flush=True)
-    for channel in channels:
-        await channel.close()
+        together(NUM_CLIENTS, 1)  # the processes start with their first prompt
+        for count in CONCURRENCIES:
+            if budget.left_s <= 0:
+                print(f"{count} streams are skipped: the budget is spent", file=sys.stderr, flush=True)
+                continue
+            together(count, 8)
+            results = [together(count, STREAM_TOKENS) for _ in range(5 if count == 1 else 1)]
+            runs = [run for _, each in results for run in each]
+            ttfts = sorted((run[1] - run[0]) * 1e3 for run in runs)
+            gaps = sorted((b - a) * 1e3 for run in runs for a, b in itertools.pairwise(run[1:]))
+            found = {
+                f"serve_{count}_ttft_p50_ms": ttfts[len(ttfts) // 2],
+                f"serve_{count}_ttft_p99_ms": ttfts[int(len(ttfts) * 0.99)],
+                f"serve_{count}_gap_p50_ms": gaps[len(gaps) // 2],
+                f"serve_{count}_gap_p99_ms": gaps[int(len(gaps) * 0.99)],
+                f"serve_{count}_tok_s": len(runs) * STREAM_TOKENS / sum(seconds for seconds, _ in results),
+            }
+            figures.update(found)
+            print(json.dumps({name: round(value, 2) for name, value in found.items()}), file=sys.stderr, flush=True)
 
 
 def weights_of(shape: str, checkpoints: Path | None, scratch: Path) -> Path:
@@ -145,7 +186,7 @@ def serve_and_measure(shape: str, checkpoints: Path | None, load_format: str, bu
         with served(folder, load_format, min(START_TIMEOUT_S, max(1.0, budget.left_s))) as (address, start_s):
             print(f"{shape} ready after {start_s:.1f} s", file=sys.stderr, flush=True)
             figures["serve_start_s"] = start_s
-            asyncio.run(measure(address, int(SHAPES[shape]["vocab_size"]), budget, figures))
+            measure(address, int(SHAPES[shape]["vocab_size"]), budget, figures)
 
 
 def main() -> None:
@@ -170,7 +211,7 @@ def main() -> None:
         figures[shape] = {}
         try:
             serve_and_measure(shape, arguments.checkpoints, load_format, budget, figures[shape])
-        except (RuntimeError, grpc.RpcError) as error:
+        except RuntimeError as error:
             print(f"{shape}: {error}", file=sys.stderr, flush=True)
             failed.append(shape)
         if arguments.out is not None:
