@@ -51,7 +51,8 @@ class EngineConfig:
     lookup_ahead: int = 64  # waiting requests whose prefix is looked up; fewer than the port's bound on open questions
     max_loading_requests: int = 8
     max_loading_blocks: int = 512
-    first_load_blocks: int = 128  # acquired with the lookup, so that their copies run while the next are acquired, twice as many each time
+    first_load_blocks: int = 128  # acquired with the first waiting request's lookup, so that their copies run while the next are acquired,
+    # twice as many each time; with the second one's lookup a half, the third one's a third
     unasked_compute_s: float = 0.025  # less than a step's worth of tokens behind a prefix at hand: the store is not asked for them, where
     # at the replica's rate they take no longer than this
     unasked_idle_s: float = 0.01  # so much of any prompt, while nothing else runs or waits: bringing it would take longer

@@ -109,7 +109,7 @@ class KvLoads:
         for place, request in enumerate(list(itertools.islice(scheduler.waiting, self._config.lookup_ahead))):
             wait = self._waits.get(request)
             if wait and wait.phase is LoadPhase.QUEUED:
-                self._look(wait, now_s, self._config.first_load_blocks if place < window else 0)
+                self._look(wait, now_s, max(1, self._config.first_load_blocks // (place + 1)) if place < window else 0)
             elif wait and wait.phase is LoadPhase.FOUND:
                 if place < window:
                     self._read(wait, scheduler, now_s)

@@ -10,6 +10,7 @@ from engine_parts import BLOCK_SIZE, ROOT, Bench, ScriptedPort, make_request
 from cache_store.accesses import MissReason
 from cache_store.client import Acquired, ClaimOutcome, Found, Slot
 from cache_store.keys import BlockKey, chain_keys
+from runtime.engine.config import EngineConfig
 from runtime.engine.kv_loads import KvLoads
 from runtime.engine.live import LiveRequest, LoadGate
 from runtime.engine.rates import ReplicaRates
@@ -322,6 +323,19 @@ def test_what_the_lookup_has_acquired_is_copied_while_the_next_is_acquired() -> 
     assert live.cached == (0, 16, 0, 0)
     assert live.bytes_loaded == 400
     bench.settled()
+
+
+def test_those_behind_acquire_less_with_their_lookups() -> None:
+    """Together no more than may be under way."""
+    bench = LoadBench(num_pages=200, first_load_blocks=6)
+    for number in range(9):
+        bench.arrive(f"r{number}", list(range(100 * number, 100 * number + len(PROMPT))))
+    wanted = [question.max_pinned for _, question in bench.port.asked]
+    assert wanted[:4] == [6, 3, 2, 1]
+    assert wanted[bench.config.max_loading_requests :] == [0]
+    bench.loads.lost(bench.now_s)
+    usual = EngineConfig()
+    assert sum(usual.first_load_blocks // (place + 1) for place in range(usual.max_loading_requests)) <= usual.max_loading_blocks
 
 
 def test_blocks_are_held_as_they_come_in_whatever_order() -> None:
