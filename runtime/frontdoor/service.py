@@ -12,7 +12,7 @@ import grpc.aio
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
 from runtime.api_keys import Tenants
-from runtime.errors import BadRequest, DeadlinePassed, Overloaded, status_of
+from runtime.errors import BadRequest, DeadlinePassed, status_of
 from runtime.frontdoor.live import LiveRequests
 from runtime.frontdoor.messages import event_message
 from runtime.frontdoor.pins import PinKeeper
@@ -20,6 +20,7 @@ from runtime.frontdoor.pipeline import AbortSwitch, Finished, Pipeline
 from runtime.frontdoor.record import RequestRecord
 from runtime.frontdoor.status import StatusReporter
 from runtime.frontdoor.validate import MAX_ID_CHARS, Validator, check_request_id
+from runtime.frontdoor.writes import Writes
 from runtime.metrics import FrontDoorMetrics
 from runtime.text.model_card import ServedModel
 
@@ -48,7 +49,7 @@ class InferenceService(rpc.InferenceServicer):
         self._pins = pins
         self._live = live
         self._tenants = tenants
-        self._write_timeout_s = write_timeout_s
+        self._writes = Writes(write_timeout_s)
         self._metrics = metrics
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
@@ -83,16 +84,8 @@ class InferenceService(rpc.InferenceServicer):
             async for event in events:
                 if isinstance(event, Finished):
                     outcome = event.reason.value
-                await self._write(context, event_message(event))
+                await self._writes.write(context, event_message(event))
         return outcome
-
-    async def _write(self, context: Context, message: pb.GenerateEvent) -> None:
-        """Waits while the client's window is full. Overloaded when it stays so: a client may be slow, but not keep its place for ever."""
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await context.write(message)
-        except TimeoutError as error:
-            raise Overloaded(f"the client has taken nothing from its stream for {self._write_timeout_s:g} s") from error
 
     def _tenant(self, context: Context) -> str:
         return self._tenants.tenant_of(context.invocation_metadata())
