@@ -25,6 +25,7 @@ from cache_store.arena import file_name, is_served, remove_stale
 from cache_store.assembly import opened
 from cache_store.config import StoreConfig, unix_path
 from cache_store.errors import StoreError, StoreRefused
+from cache_store.garbage import settle
 from cache_store.service import SecretInterceptor, StoreService
 from cache_store.wire import MAX_MESSAGE_BYTES
 from protos import cache_store_pb2_grpc
@@ -107,6 +108,7 @@ async def _serve(config: StoreConfig, *, until_eof: bool) -> None:
 
         loop.add_reader(fd, on_stdin)
     async with serving(config) as served:
+        settle()
         print(" ".join(filter(None, ["ready", *served])), flush=True)
         await stop.wait()
 

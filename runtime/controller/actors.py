@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cache_store.errors import StoreError
+from cache_store.garbage import settle
 from runtime.controller.spec import EngineState, NodeState, Progress
 from runtime.errors import CheckpointError, MobulaError, NotEnoughMemory
 from runtime.loop import LoopThread
@@ -91,6 +92,7 @@ class EngineActor:
             self._progress[rank] = Progress(rank, phase, done, total)
 
         def on_ready(address: str, stop: Callable[[], None]) -> None:
+            settle()
             self._stop_engine = stop
             self._address, self._phase = address, "ready"
 
@@ -176,6 +178,7 @@ class FrontDoorActor:
         self._thread = LoopThread("frontdoor")
         self._door = FrontDoor(config)
         self._address = self._thread.run(self._door.start(), 30.0)
+        settle()
 
     def describe(self) -> NodeState:
         return NodeState(current_node_id(), self._address, "ready")

@@ -24,6 +24,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from cache_store.garbage import settle
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
 from runtime.engine import frames
@@ -167,6 +168,7 @@ async def run_door(folder: str, engine_port: str, profile: str) -> None:
     while not door.router.is_serving(60):
         assert time.monotonic() < deadline_s, "the engine did not answer"
         await asyncio.sleep(0.01)
+    settle()
     print(address, flush=True)
     profiler = None
     if profile:
