@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from attention_batches import make_batch
 
 from cache_store.keys import Layout
 from workers.attention.base import BACKENDS, AttentionBatch, AttentionShape, make_backend
@@ -28,28 +29,8 @@ class Row(NamedTuple):
     num_queries: int
 
 
-def make_batch(rows: list[Row], block_size: int, rng: np.random.RandomState) -> AttentionBatch:
-    """Scattered pages; decode rows are those of one query, by assumption at the end of their sequence."""
-    pages = list(rng.permutation(np.arange(1, NUM_PAGES)))
-    lengths = [row.num_cached + row.num_queries for row in rows]
-    table = np.zeros((len(rows), max(-(-length // block_size) for length in lengths)), np.int64)
-    starts, positions, owners = [0], [], []
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        for block in range(-(-length // block_size)):
-            table[index, block] = pages.pop()
-        positions += range(row.num_cached, length)
-        owners += [index] * row.num_queries
-        starts.append(starts[-1] + row.num_queries)
-    positions = np.array(positions)
-    return AttentionBatch(
-        num_decode_rows=sum(row.num_queries == 1 for row in rows),
-        query_starts=starts,
-        seq_lens=lengths,
-        device_seq_lens=torch.tensor(lengths),
-        block_table=torch.from_numpy(table),
-        pages=torch.from_numpy(table[owners, positions // block_size]),
-        offsets=torch.from_numpy(positions % block_size),
-    )
+def batch_of(rows: list[Row], block_size: int, rng: np.random.RandomState) -> AttentionBatch:
+    return make_batch(rows, block_size, range(1, NUM_PAGES), rng)
 
 
 def random_rows(rng: np.random.RandomState, block_size: int) -> list[Row]:
@@ -84,7 +65,7 @@ def test_gqa(name, num_heads, num_kv_heads, block_size):
     shape = AttentionShape(num_heads, num_kv_heads, 8, 8**-0.5)
     backend, reference = make_pair(name, shape, (num_kv_heads, NUM_LAYERS, 2, block_size, 8), block_size)
     for _ in range(8):
-        batch = make_batch(random_rows(rng, block_size), block_size, rng)
+        batch = batch_of(random_rows(rng, block_size), block_size, rng)
         num_tokens = batch.query_starts[-1]
         backend.begin(batch)
         reference.begin(batch)
@@ -116,7 +97,7 @@ def test_gqa_in_a_window(name, window, block_size):
     shape = AttentionShape(6, 2, 8, 8**-0.5, window=window)
     backend, reference = make_pair(name, shape, (2, NUM_LAYERS, 2, block_size, 8), block_size)
     for _ in range(6):
-        batch = make_batch(random_rows(rng, block_size), block_size, rng)
+        batch = batch_of(random_rows(rng, block_size), block_size, rng)
         num_tokens = batch.query_starts[-1]
         for each in (backend, reference):
             each.begin(batch)
@@ -139,7 +120,7 @@ def test_gqa_on_ranks_whose_groups_are_cut(name, num_heads, num_kv_heads, tp):
     torch.manual_seed(tp)
     config = dataclasses.replace(GQA, num_heads=num_heads, num_kv_heads=num_kv_heads)
     whole = make_pair("reference", AttentionShape(num_heads, num_kv_heads, 8, 8**-0.5), (num_kv_heads, NUM_LAYERS, 2, 4, 8), 4)[1]
-    batch = make_batch([Row(9, 1), Row(4, 1), Row(3, 6)], 4, rng)
+    batch = batch_of([Row(9, 1), Row(4, 1), Row(3, 6)], 4, rng)
     whole.begin(batch)
     q_TND, kv_TKD = torch.randn(8, num_heads, 8), torch.randn(8, 2, num_kv_heads, 8)
     whole.write_gqa(1, kv_TKD.flatten(1, 2))
@@ -188,7 +169,7 @@ def test_mla(name, num_heads, block_size, workspace_bytes, monkeypatch):
     shape = AttentionShape(num_heads, 1, 0, 0.3, latent_dim)
     backend, reference = make_pair(name, shape, (NUM_LAYERS, block_size, latent_dim + rope_dim), block_size)
     for _ in range(5):
-        batch = make_batch(random_rows(rng, block_size), block_size, rng)
+        batch = batch_of(random_rows(rng, block_size), block_size, rng)
         num_tokens = batch.query_starts[-1]
         split = rng.randint(batch.num_decode_rows, batch.num_rows + 1)
         first_plain = batch.query_starts[split]

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from attention_batches import Row, make_batch
 
 from cache_store.keys import Layout
 from workers.attention.base import AttentionBatch, AttentionShape, make_backend
@@ -16,35 +17,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 CUDA = torch.device("cuda", 0)
 NUM_LAYERS = 3
-Row = tuple[int, int]  # cached, queries
 
 
-def make_batch(
-    rows: list[Row], block_size: int, num_pages: int, rng: np.random.RandomState, pages: list[int] | None = None
-) -> AttentionBatch:
-    free = list(pages or rng.permutation(np.arange(1, num_pages)))
-    lengths = [cached + queries for cached, queries in rows]
-    counts = [-(-length // block_size) for length in lengths]
-    table = np.zeros((len(rows), max(counts)), np.int64)
-    starts, positions, owners = [0], [], []
-    for index, ((cached, queries), count) in enumerate(zip(rows, counts, strict=True)):
-        table[index, :count] = [free.pop() for _ in range(count)]
-        positions += range(cached, cached + queries)
-        owners += [index] * queries
-        starts.append(starts[-1] + queries)
-    position = np.array(positions)
-    flat = np.concatenate([table[index, :count] for index, count in enumerate(counts)])
-    return AttentionBatch(
-        num_decode_rows=sum(queries == 1 for _, queries in rows),
-        query_starts=starts,
-        seq_lens=lengths,
-        device_seq_lens=torch.tensor(lengths, device=CUDA),
-        block_table=torch.from_numpy(table).to(CUDA),
-        pages=torch.from_numpy(table[owners, position // block_size]).to(CUDA),
-        offsets=torch.from_numpy(position % block_size).to(CUDA),
-        kv_pages=torch.from_numpy(flat.astype(np.int32)).to(CUDA),
-        kv_starts=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
-    )
+def batch_of(rows: list[Row], block_size: int, num_pages: int, rng: np.random.RandomState) -> AttentionBatch:
+    return make_batch(rows, block_size, range(1, num_pages), rng, CUDA)
 
 
 def pools(page_shape: tuple[int, ...], block_size: int, num_pages: int) -> list[PagePool]:
@@ -81,7 +57,7 @@ def test_gqa(num_heads, num_kv_heads, head_dim, block_size):
     backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
     rng = np.random.RandomState(block_size)
     for rows in BATCHES:
-        batch = make_batch(rows, block_size, 256, rng)
+        batch = batch_of(rows, block_size, 256, rng)
         backend.begin(batch)
         reference.begin(batch)
         for layer in range(NUM_LAYERS):
@@ -103,7 +79,7 @@ def test_mla(num_heads, monkeypatch):
     rng = np.random.RandomState(num_heads)
     for rows, projected_bytes in itertools.product(BATCHES, (1 << 30, num_heads * 448 * 2 * 128)):
         monkeypatch.setattr("workers.attention.flashinfer_latent.PROJECTED_BYTES", projected_bytes)
-        batch = make_batch(rows, block, 64, rng)
+        batch = batch_of(rows, block, 64, rng)
         split = batch.num_decode_rows + (1 if len(rows) > batch.num_decode_rows + 1 else 0)
         first_plain = batch.query_starts[split]
         up = torch.randn(num_heads * (nope + value), latent, device=CUDA, dtype=torch.bfloat16) * 0.05
@@ -148,7 +124,7 @@ def test_captured_batches_follow_new_lengths(is_mla, num_rows, num_tokens, batch
         return each.mla_absorbed(1, q_TND[..., :512], q_TND[..., 512:], range(num_rows)) if is_mla else each.gqa(1, q_TND)
 
     def captured(rows: list[Row]) -> AttentionBatch:
-        batch = make_batch(rows, block, 512, rng)
+        batch = batch_of(rows, block, 512, rng)
         return dataclasses.replace(batch, pages=torch.zeros(num_tokens, dtype=torch.int64, device=CUDA), is_captured=True)
 
     rng = np.random.RandomState(0)
@@ -182,7 +158,7 @@ def test_pages_beyond_32_bits(is_mla):
     assert pool.tensor.numel() > 1 << 32
     rng = np.random.RandomState(1)
     high = list(range(num_pages - 40, num_pages))
-    batch = make_batch([(100, 1), (30, 65)], block, num_pages, rng, pages=high)
+    batch = make_batch([(100, 1), (30, 65)], block, high, rng, CUDA)
     pool.tensor[high] = torch.randn((len(high), *page_shape), device=CUDA).bfloat16()
     backend, reference = make_backend("flashinfer", shape, pool), make_backend("reference", shape, pool)
     for each in (backend, reference):

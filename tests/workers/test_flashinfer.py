@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from attention_batches import Row, make_batch
 
 from cache_store.keys import Layout
 from tests.workers import fake_flashinfer
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 NUM_LAYERS, NUM_PAGES = 2, 64
 CPU = torch.device("cpu")
-Row = tuple[int, int]  # cached, queries
 BATCHES: list[list[Row]] = [
     [(0, 1)],
     [(17, 1), (300, 1), (5, 1)],
@@ -43,29 +43,8 @@ def planned() -> list[str]:
     return names
 
 
-def make_batch(rows: list[Row], block_size: int, rng: np.random.RandomState) -> AttentionBatch:
-    free = list(rng.permutation(np.arange(1, NUM_PAGES)))
-    lengths = [cached + queries for cached, queries in rows]
-    counts = [-(-length // block_size) for length in lengths]
-    table = np.zeros((len(rows), max(counts)), np.int64)
-    starts, positions, owners = [0], [], []
-    for index, ((cached, queries), count) in enumerate(zip(rows, counts, strict=True)):
-        table[index, :count] = [free.pop() for _ in range(count)]
-        positions += range(cached, cached + queries)
-        owners += [index] * queries
-        starts.append(starts[-1] + queries)
-    position = np.array(positions)
-    return AttentionBatch(
-        num_decode_rows=sum(queries == 1 for _, queries in rows),
-        query_starts=starts,
-        seq_lens=lengths,
-        device_seq_lens=torch.tensor(lengths),
-        block_table=torch.from_numpy(table),
-        pages=torch.from_numpy(table[owners, position // block_size]),
-        offsets=torch.from_numpy(position % block_size),
-        kv_pages=torch.from_numpy(np.concatenate([table[index, :count] for index, count in enumerate(counts)]).astype(np.int32)),
-        kv_starts=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
-    )
+def batch_of(rows: list[Row], block_size: int, rng: np.random.RandomState) -> AttentionBatch:
+    return make_batch(rows, block_size, range(1, NUM_PAGES), rng)
 
 
 def pair(shape: AttentionShape, page_shape: tuple[int, ...], block_size: int):
@@ -96,7 +75,7 @@ def test_gqa(block_size, window):
     rng = np.random.RandomState(block_size)
     torch.manual_seed(0)
     for rows in BATCHES:
-        batch = make_batch(rows, block_size, rng)
+        batch = batch_of(rows, block_size, rng)
         for each in (backend, reference):
             each.begin(batch)
         for layer in range(NUM_LAYERS):
@@ -121,7 +100,7 @@ def test_which_kernel_takes_which_rows(monkeypatch, rows, gather_queries, expect
     monkeypatch.setattr(flashinfer_gqa, "SPLIT_KEYS", 256)
     monkeypatch.setattr(flashinfer_gqa, "GATHER_QUERIES", gather_queries)
     backend, reference = gqa_pair()
-    batch = make_batch(rows, 16, np.random.RandomState(0))
+    batch = batch_of(rows, 16, np.random.RandomState(0))
     planned()
     for each in (backend, reference):
         each.begin(batch)
@@ -138,7 +117,7 @@ def test_latents(monkeypatch, projected_bytes):
     rng = np.random.RandomState(1)
     torch.manual_seed(1)
     for rows in BATCHES:
-        batch = make_batch(rows, 64, rng)
+        batch = batch_of(rows, 64, rng)
         num_absorbed = batch.num_decode_rows + (len(rows) > batch.num_decode_rows + 1)
         first_plain, num_tokens = batch.query_starts[num_absorbed], batch.query_starts[-1]
         up = torch.randn(4 * 256, 512) * 0.05
@@ -177,7 +156,7 @@ def test_captured_batches(is_latent, num_rows, num_tokens, first):
 
     decode = [[(15, 1), (300, 1), (64, 1), (0, 1)], [(5, 1)] * 4]
     for rows in [first, *(decode if num_rows > 1 else [[(300, 5)], [(0, 32)], [(17, 2)]])]:
-        batch = dataclasses.replace(make_batch(rows, block_size, rng), pages=torch.zeros(num_tokens, dtype=torch.int64), is_captured=True)
+        batch = dataclasses.replace(batch_of(rows, block_size, rng), pages=torch.zeros(num_tokens, dtype=torch.int64), is_captured=True)
         planned()
         backend.begin_graph(batch)
         assert len(planned()) == 1
@@ -190,7 +169,7 @@ def test_captured_batches(is_latent, num_rows, num_tokens, first):
 
 def test_each_plan_stages_its_numbers_where_the_one_before_did_not():
     backend, _ = gqa_pair()
-    batch = make_batch([(40, 1)], 16, np.random.RandomState(3))
+    batch = batch_of([(40, 1)], 16, np.random.RandomState(3))
     places = []
     for _ in range(4):
         backend.begin(batch)
