@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from cache_store.keys import Layout
 from workers.attention.base import AttentionBatch
+from workers.kv.layout import PageLayout
+from workers.kv.pool import PagePool
 
 Row = tuple[int, int]  # tokens in pages already, and queries
 
@@ -39,3 +42,12 @@ def make_batch(
         kv_pages=torch.from_numpy(flat.astype(np.int32)).to(device),
         kv_starts=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
     )
+
+
+def make_pools(page_shape: tuple[int, ...], block_size: int, num_pages: int, dtype: str, device: torch.device) -> list[PagePool]:
+    """Two of the same random content."""
+    layout = PageLayout(Layout("any", 0, block_size, dtype, 1, page_shape), 1, 0, page_shape, dtype, 0, 1, 0, 1)
+    pools = [PagePool(layout, num_pages, device) for _ in range(2)]
+    pools[0].tensor.normal_()
+    pools[1].tensor.copy_(pools[0].tensor)
+    return pools

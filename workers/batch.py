@@ -162,13 +162,15 @@ class Batch:
         self.sampling.admit(slots, rows, self._known_tokens)
 
     def _append_pages(self, added: list[tuple[int, list[int]]]) -> None:
+        copied = self._has_device_table and self._on_cuda
         places: list[np.ndarray] = []
         for slot, new_pages in added:
             first = int(self._num_pages[slot])
             stop = self._num_pages[slot] = first + len(new_pages)
             self._block_table[slot, first:stop] = new_pages
-            places.append(np.arange(first, stop) + slot * self.max_blocks)
-        if places and self._has_device_table and self._on_cuda:
+            if copied:
+                places.append(np.arange(first, stop) + slot * self.max_blocks)
+        if places:
             flat = np.concatenate(places)
             self._device_table.view(-1)[to_device(flat, self._device)] = to_device(self._block_table.ravel()[flat], self._device)
 

@@ -166,10 +166,11 @@ class LiveRequest:
     def extend_keys(self, block_size: int) -> list[BlockKey]:
         """Keys of all full blocks of the known tokens. Each block is hashed once."""
         keys, tokens = self.keys, self.tokens
-        if not keys:
-            self.keys = self._chains.keys(self.root, tokens, block_size)
-        elif len(keys) < len(tokens) // block_size:
-            keys += chain_keys(keys[-1], tokens[len(keys) * block_size :], block_size)
+        if len(keys) < len(tokens) // block_size:
+            if keys:
+                keys += chain_keys(keys[-1], tokens[len(keys) * block_size :], block_size)
+            else:
+                self.keys = self._chains.keys(self.root, tokens, block_size)
         return self.keys
 
     def num_reusable_blocks(self, block_size: int) -> int:

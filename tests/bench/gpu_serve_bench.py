@@ -87,7 +87,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 class Client:
-    """A process that sends requests: one alone would read 256 streams more slowly than they come."""
+    """A process that sends requests. One alone may be slower at reading 256 streams than the service is at sending them."""
 
     def __init__(self, address: str) -> None:
         self._loop = asyncio.new_event_loop()

@@ -7,13 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from attention_batches import make_batch
+from attention_batches import make_batch, make_pools
 
-from cache_store.keys import Layout
 from workers.attention.base import BACKENDS, AttentionBatch, AttentionShape, make_backend
 from workers.errors import UnsupportedConfig
-from workers.kv.layout import PageLayout, page_layout
-from workers.kv.pool import PagePool
+from workers.kv.layout import page_layout
 from workers.models.config import ModelConfig, RopeConfig, kv_heads_of_rank
 from workers.runner import attention_shape
 
@@ -42,10 +40,7 @@ def random_rows(rng: np.random.RandomState, block_size: int) -> list[Row]:
 
 def make_pair(name: str, shape: AttentionShape, page_shape: tuple[int, ...], block_size: int):
     """The backend and the reference, over two pools with the same random content."""
-    layout = PageLayout(Layout("any", 0, block_size, "float32", 1, page_shape), 1, 0, page_shape, "float32", 0, 1, 0, 1)
-    pools = [PagePool(layout, NUM_PAGES, torch.device("cpu")) for _ in range(2)]
-    pools[0].tensor.normal_()
-    pools[1].tensor.copy_(pools[0].tensor)
+    pools = make_pools(page_shape, block_size, NUM_PAGES, "float32", torch.device("cpu"))
     try:
         return make_backend(name, shape, pools[0]), make_backend("reference", shape, pools[1])
     except UnsupportedConfig as error:  # tests/gpu runs these shapes where it can

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from attention_batches import Row, make_batch
+from attention_batches import Row, make_batch, make_pools
 
 from cache_store.keys import Layout
 from workers.attention.base import AttentionBatch, AttentionShape, make_backend
@@ -21,14 +21,6 @@ NUM_LAYERS = 3
 
 def batch_of(rows: list[Row], block_size: int, num_pages: int, rng: np.random.RandomState) -> AttentionBatch:
     return make_batch(rows, block_size, range(1, num_pages), rng, CUDA)
-
-
-def pools(page_shape: tuple[int, ...], block_size: int, num_pages: int) -> list[PagePool]:
-    layout = PageLayout(Layout("any", 0, block_size, "bfloat16", 1, page_shape), 1, 0, page_shape, "bfloat16", 0, 1, 0, 1)
-    made = [PagePool(layout, num_pages, CUDA) for _ in range(2)]
-    made[0].tensor.normal_()
-    made[1].tensor.copy_(made[0].tensor)
-    return made
 
 
 def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -53,7 +45,7 @@ BATCHES: list[list[Row]] = [
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_gqa(num_heads, num_kv_heads, head_dim, block_size):
     shape = AttentionShape(num_heads, num_kv_heads, head_dim, head_dim**-0.5)
-    fast, exact = pools((num_kv_heads, NUM_LAYERS, 2, block_size, head_dim), block_size, 256)
+    fast, exact = make_pools((num_kv_heads, NUM_LAYERS, 2, block_size, head_dim), block_size, 256, "bfloat16", CUDA)
     backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
     rng = np.random.RandomState(block_size)
     for rows in BATCHES:
@@ -74,7 +66,7 @@ def test_mla(num_heads, monkeypatch):
     """Both forms; the plain one also in many ranges of keys."""
     latent, rope, nope, value, block = 512, 64, 128, 128, 64
     shape = AttentionShape(num_heads, 1, 0, 0.1, latent)
-    fast, exact = pools((NUM_LAYERS, block, latent + rope), block, 64)
+    fast, exact = make_pools((NUM_LAYERS, block, latent + rope), block, 64, "bfloat16", CUDA)
     backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
     rng = np.random.RandomState(num_heads)
     for rows, projected_bytes in itertools.product(BATCHES, (1 << 30, num_heads * 448 * 2 * 128)):
@@ -116,7 +108,7 @@ def test_captured_batches_follow_new_lengths(is_mla, num_rows, num_tokens, batch
     else:
         shape, page_shape, block = AttentionShape(32, 8, 128, 128**-0.5), (8, NUM_LAYERS, 2, 16, 128), 16
         q = torch.randn(num_tokens, 32, 128, device=CUDA, dtype=torch.bfloat16)
-    fast, exact = pools(page_shape, block, 512)
+    fast, exact = make_pools(page_shape, block, 512, "bfloat16", CUDA)
     backend, reference = make_backend("flashinfer", shape, fast), make_backend("reference", shape, exact)
 
     def run(each, count=num_tokens):

@@ -5,15 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from attention_batches import Row, make_batch
+from attention_batches import Row, make_batch, make_pools
 
-from cache_store.keys import Layout
 from tests.workers import fake_flashinfer
 from workers.attention import flashinfer_gqa, flashinfer_latent, flashinfer_wrappers
 from workers.attention.base import AttentionBatch, AttentionShape, make_backend
 from workers.attention.flashinfer import FlashInferAttention
-from workers.kv.layout import PageLayout
-from workers.kv.pool import PagePool
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -49,10 +46,7 @@ def batch_of(rows: list[Row], block_size: int, rng: np.random.RandomState) -> At
 
 def pair(shape: AttentionShape, page_shape: tuple[int, ...], block_size: int):
     """The backend and the reference, over pools of the same content."""
-    layout = PageLayout(Layout("any", 0, block_size, "float32", 1, page_shape), 1, 0, page_shape, "float32", 0, 1, 0, 1)
-    pools = [PagePool(layout, NUM_PAGES, CPU) for _ in range(2)]
-    pools[0].tensor.normal_()
-    pools[1].tensor.copy_(pools[0].tensor)
+    pools = make_pools(page_shape, block_size, NUM_PAGES, "float32", CPU)
     return make_backend("flashinfer", shape, pools[0]), make_backend("reference", shape, pools[1])
 
 
