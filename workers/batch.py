@@ -34,7 +34,8 @@ _READ_AHEAD_PAGES = 256  # kernels may look up pages of a whole tile of keys, be
 class GraphInputs:
     """Where a captured graph reads its step: int64 words, a column per number of a token or of a row, then the rows' pages as int32.
 
-    A graph is of decode rows, with a token each that it looks up by the row's slot, or of `num_tokens` of one prompt.
+    A graph is of decode rows, with a token each that it looks up by the row's slot, or of `num_tokens` of one prompt. `max_pages`: of all
+    rows together.
     """
 
     def __init__(self, num_rows: int, num_tokens: int, max_pages: int, null_slot: int, device: torch.device) -> None:
@@ -109,7 +110,7 @@ class Batch:
         self.max_blocks = -(-max_model_len // block_size)
         self.null_slot = max_num_seqs  # of padding
         self.decode_graphs: list[GraphInputs] = []  # captured sizes, ascending
-        self.prompt_graphs: list[GraphInputs] = []
+        self.prompt_graphs: list[GraphInputs] = []  # by tokens, then pages
         self._device = device
         self._on_cuda = device.type == "cuda"
         self._slots: dict[int, int] = {}
@@ -190,7 +191,8 @@ class Batch:
         pages = self._block_table[np.repeat(slots, num_queries), blocks]
         sampled = np.flatnonzero(after == self._num_known[slots])
         scores = self._prompt_scores(slots, order, before, after, starts)
-        graph = None if scores else self._graph_for(len(slots), num_decode, len(positions), len(sampled))
+        num_pages = int(((after - 1) // self.block_size + 1).sum())
+        graph = None if scores else self._graph_for(len(slots), num_decode, len(positions), num_pages, len(sampled))
         lay_out = self._lay_out_graph if graph is not None else self._lay_out_eager
         step = StepInput(
             **lay_out(graph, slots, num_decode, before, after, starts, positions, pages, offsets, sampled),
@@ -210,7 +212,7 @@ class Batch:
             last = np.array([self._known_tokens[slot][-1] for slot in slots], np.int64)
             self.last_tokens[to_device(slots, self._device)] = to_device(last, self._device)
 
-    def _graph_for(self, num_rows: int, num_decode: int, num_tokens: int, num_sampled: int) -> GraphInputs | None:
+    def _graph_for(self, num_rows: int, num_decode: int, num_tokens: int, num_pages: int, num_sampled: int) -> GraphInputs | None:
         """The smallest captured one that holds the step."""
         if num_decode == num_rows:
             graphs = self.decode_graphs
@@ -218,7 +220,7 @@ class Batch:
             graphs = self.prompt_graphs
         else:
             return None
-        return next((graph for graph in graphs if graph.num_tokens >= num_tokens), None)
+        return next((graph for graph in graphs if graph.num_tokens >= num_tokens and graph.max_pages >= num_pages), None)
 
     def _lay_out_eager(
         self, _graph: None, slots: np.ndarray, num_decode: int, before: np.ndarray, after: np.ndarray, starts: np.ndarray,
@@ -276,7 +278,7 @@ class Batch:
             offsets=graph.offsets,
             kv_pages=graph.kv_pages[: len(kv_pages)],
             kv_starts=kv_starts,
-            is_captured=True,
+            captured_pages=graph.max_pages,
         )
         return {
             "attention": attention,

@@ -1,7 +1,8 @@
 """Steps as captured CUDA graphs: a replay costs the host one launch instead of dozens.
 
     decode rows alone           one graph from tokens to logits, per padded number of rows
-    one short rest of a prompt  the same, per padded number of tokens: a step so short would wait for the host that launches its kernels
+    one short rest of a prompt  the same, per padded number of tokens (and again for few keys, where the backend attends otherwise then): a
+                                step so short would wait for the host that launches its kernels
     anything else               a graph for what lies between two attentions, per layer and padded number of tokens; attention itself, which
                                 depends on the rows, is launched between them
 
@@ -44,6 +45,12 @@ def captured_prompts(max_tokens: int) -> list[int]:
     return sorted({min(size, max_tokens) for size in _PROMPT_SIZES} - {0, 1})
 
 
+def captured_pages(size: int, batch: Batch, few_keys: int) -> set[int]:
+    """Bounds on the pages of a captured prompt of `size` tokens."""
+    few = few_keys // batch.block_size
+    return {few, batch.max_blocks} if size <= few * batch.block_size < batch.max_model_len else {batch.max_blocks}
+
+
 class StepGraphs:
     """Captured on construction, which fills the batch's lists of them."""
 
@@ -52,15 +59,16 @@ class StepGraphs:
     ) -> None:
         """`max_tokens` of a step."""
         self._model, self._backend, self._batch = model, backend, batch
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         device = batch.last_tokens.device
         shapes = [(size, size, size * batch.max_blocks) for size in captured_sizes(max_num_seqs)]
-        shapes += [(1, size, batch.max_blocks) for size in captured_prompts(min(max_tokens, batch.max_model_len))]
+        for size in captured_prompts(min(max_tokens, batch.max_model_len)):
+            shapes += [(1, size, num_pages) for num_pages in captured_pages(size, batch, backend.few_keys)]
         pool = None
         progress("graphs", 0, len(shapes))
-        for number, shape in enumerate(sorted(shapes, key=lambda shape: -shape[1]), start=1):
+        for number, shape in enumerate(sorted(shapes, key=lambda shape: (-shape[1], -shape[2])), start=1):
             inputs = GraphInputs(*shape, batch.null_slot, device)
-            self._graphs[inputs.num_rows, inputs.num_tokens] = graph, _ = self._capture(inputs, pool)
+            self._graphs[shape] = graph, _ = self._capture(inputs, pool)
             pool = graph.pool()
             (batch.prompt_graphs if inputs.is_prompt else batch.decode_graphs).insert(0, inputs)
             progress("graphs", number, len(shapes))
@@ -86,7 +94,7 @@ class StepGraphs:
     def replay(self, attention: AttentionBatch, num_rows: int) -> torch.Tensor:
         """Logits [rows, V] of a step that the batch has laid out for a graph; valid until the next replay."""
         self._backend.begin_graph(attention)
-        graph, logits_BV = self._graphs[attention.num_rows, len(attention.pages)]
+        graph, logits_BV = self._graphs[attention.num_rows, len(attention.pages), attention.captured_pages]
         graph.replay()
         return logits_BV[:num_rows]
 
@@ -201,5 +209,5 @@ def _padding(inputs: GraphInputs, block_size: int) -> AttentionBatch:
         offsets=inputs.offsets,
         kv_pages=torch.full((num_rows * num_pages,), NULL_PAGE, dtype=torch.int32, device=inputs.slots.device),
         kv_starts=np.arange(0, num_rows * num_pages + 1, num_pages, dtype=np.int32),
-        is_captured=True,
+        captured_pages=inputs.max_pages,
     )

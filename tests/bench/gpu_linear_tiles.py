@@ -1,6 +1,6 @@
 """Which tiles suit `workers.kernels.linear` on this card, for the matrices of an 8B model: every candidate is timed beside cuBLAS.
 
-usage: python -m tests.bench.gpu_linear_tiles [--tokens N ...] [--out FILE.json]
+usage: python -m tests.bench.gpu_linear_tiles [--tokens N ...] [--matrix NAME ...] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ MATRICES = (
     Matrix("o", 4096, 4096),
     Matrix("gate_up", 28672, 4096, gated=True),
     Matrix("down", 4096, 14336),
+    Matrix("head", 128256, 4096),
     Matrix("latent qkv", 3648, 2048),
     Matrix("latent o", 2048, 2048),
+    Matrix("latent gate_up", 5632, 2048, gated=True),
+    Matrix("latent down", 2048, 2816),
 )
 Job = tuple[int, Matrix, Tile]
 
@@ -110,9 +113,12 @@ def search(num_tokens: int, matrix: Matrix, tiles: list[Tile]) -> dict[Tile, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=NUM_TOKENS)
+    parser.add_argument("--matrix", nargs="+", choices=[matrix.name for matrix in MATRICES], default=[matrix.name for matrix in MATRICES])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found: dict[tuple[int, Matrix], list[Tile]] = {(count, matrix): [] for count in arguments.tokens for matrix in MATRICES}
+    found: dict[tuple[int, Matrix], list[Tile]] = {
+        (count, matrix): [] for count in arguments.tokens for matrix in MATRICES if matrix.name in arguments.matrix
+    }
     for count, matrix, tile in runnable(run_once, [(*where, tile) for where in found for tile in candidates(*where)]):
         found[count, matrix].append(tile)
     rows = []

@@ -93,14 +93,16 @@ def test_mla(num_heads, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_tokens", "batches"),
+    ("num_rows", "num_tokens", "max_keys", "batches"),
     [
-        (4, 4, [[(0, 1), (15, 1), (700, 1), (64, 1)], [(2000, 1)] * 3 + [(1, 1)], [(5, 1)] * 4]),
-        (1, 96, [[(700, 96)], [(0, 5)], [(2000, 33)], [(0, 96)], [(17, 2)]]),
+        (4, 4, 65536, [[(0, 1), (15, 1), (700, 1), (64, 1)], [(2000, 1)] * 3 + [(1, 1)], [(5, 1)] * 4]),
+        (1, 96, 65536, [[(700, 96)], [(0, 5)], [(2000, 33)], [(0, 96)], [(17, 2)]]),
+        (1, 96, 1024, [[(700, 96)], [(0, 5)], [(991, 33)], [(0, 96)], [(17, 2)]]),
+        (1, 256, 1024, [[(700, 256)], [(0, 5)], [(768, 256)], [(0, 255)], [(300, 130)]]),
     ],
 )
 @pytest.mark.parametrize("is_mla", [False, True])
-def test_captured_batches_follow_new_lengths(is_mla, num_rows, num_tokens, batches):
+def test_captured_batches_follow_new_lengths(is_mla, num_rows, num_tokens, max_keys, batches):
     """One graph, replayed for other pages and lengths than it was captured with, and for fewer tokens of a prompt."""
     if is_mla:
         shape, page_shape, block = AttentionShape(16, 1, 0, 0.1, 512), (NUM_LAYERS, 64, 576), 64
@@ -117,10 +119,11 @@ def test_captured_batches_follow_new_lengths(is_mla, num_rows, num_tokens, batch
 
     def captured(rows: list[Row]) -> AttentionBatch:
         batch = batch_of(rows, block, 512, rng)
-        return dataclasses.replace(batch, pages=torch.zeros(num_tokens, dtype=torch.int64, device=CUDA), is_captured=True)
+        pages = torch.zeros(num_tokens, dtype=torch.int64, device=CUDA)
+        return dataclasses.replace(batch, pages=pages, captured_pages=max_keys // block)
 
     rng = np.random.RandomState(0)
-    backend.reserve_graph(num_rows, num_tokens, 4096)
+    backend.reserve_graph(num_rows, num_tokens, max_keys // block)
     backend.begin_graph(captured([(0, num_tokens // num_rows)] * num_rows))
     run(backend)
     torch.cuda.synchronize()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from workers.batch import Batch, GraphInputs
+from workers.graphs import captured_pages
 from workers.step import NULL_PAGE, NewRow, SamplingSettings, StepPlan, StepRow
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -158,7 +159,8 @@ def test_captured_steps_are_padded():
     device = torch.device("cpu")
     batch = Batch(MAX_SEQS, MAX_LEN, BLOCK, 100, device)
     batch.decode_graphs = [GraphInputs(size, size, size * batch.max_blocks, batch.null_slot, device) for size in (2, 4)]
-    batch.prompt_graphs = [GraphInputs(1, size, batch.max_blocks, batch.null_slot, device) for size in (8, 16)]
+    shapes = [(8, 4), (8, batch.max_blocks), (16, 4), (16, batch.max_blocks)]
+    batch.prompt_graphs = [GraphInputs(1, size, num_pages, batch.null_slot, device) for size, num_pages in shapes]
 
     def apply(rows_in: list[NewRow], sizes: dict[int, int]):
         return batch.apply(StepPlan(0, [], rows_in, [StepRow(row_id, size, 0, 0, []) for row_id, size in sizes.items()], [], []))
@@ -169,7 +171,7 @@ def test_captured_steps_are_padded():
     assert part.graph is None
     rest = apply([], {0: 9})
     graph, attention = rest.graph, rest.attention
-    assert graph is batch.prompt_graphs[1]
+    assert graph is batch.prompt_graphs[3], "of 9 tokens, and of 5 pages"
     assert rest.ids.tolist() == [*tokens[9:], *[0] * 7]
     assert rest.positions.tolist() == [*range(9, 18), *[0] * 7]
     assert attention.pages.tolist() == [7, 7, 7, 8, 8, 8, 8, 9, 9, *[NULL_PAGE] * 7]
@@ -187,8 +189,13 @@ def test_captured_steps_are_padded():
     assert outputs.graph.slots.tolist()[3] == batch.null_slot
     assert outputs.positions.tolist() == [2, 4, 18, 0]
 
+    short = NaiveRow([1, 2, 3, 4, 5, 6, 7, 8], 8, 0, [15, 16])
+    plan = StepPlan(0, [0, 1, 2], [new_row(5, short)], [StepRow(5, 8, 0, 0, [])], [], [])
+    assert batch.apply(plan).graph is batch.prompt_graphs[0]
     two = [NaiveRow([1, 2, 3], 3, 0, [13]), NaiveRow([1, 2, 3], 3, 0, [14])]
     assert apply([new_row(3, two[0]), new_row(4, two[1])], {3: 3, 4: 3}).graph is None  # two prompts
+    for size, few_keys, expected in ((8, 16, [4, MAX_LEN // BLOCK]), (8, 0, [MAX_LEN // BLOCK]), (18, 16, [MAX_LEN // BLOCK])):
+        assert sorted(captured_pages(size, batch, few_keys)) == expected
     scored = Batch(MAX_SEQS, MAX_LEN, BLOCK, 100, device)
     scored.prompt_graphs = batch.prompt_graphs
     plan = StepPlan(0, [], [new_row(0, two[0], GREEDY._replace(num_prompt_logprobs=1))], [StepRow(0, 3, 0, 0, [])], [], [])

@@ -135,13 +135,21 @@ def test_latents(monkeypatch, projected_bytes):
 
 
 @pytest.mark.parametrize("is_latent", [False, True])
-@pytest.mark.parametrize(("num_rows", "num_tokens", "first"), [(4, 4, [(0, 1)] * 4), (1, 32, [(0, 32)])])
-def test_captured_batches(is_latent, num_rows, num_tokens, first):
+@pytest.mark.parametrize(
+    ("num_rows", "num_tokens", "first", "max_keys", "expected"),
+    [
+        (4, 4, [(0, 1)] * 4, 2048, "decode"),
+        (1, 32, [(0, 32)], 2048, "paged fa2 captured"),
+        (1, 32, [(0, 32)], 1024, "paged fa3 captured"),  # the other one would split even few keys
+    ],
+)
+def test_captured_batches(is_latent, num_rows, num_tokens, first, max_keys, expected):
     """As a graph would run them: on all tokens, whatever the batch has."""
     backend, reference = latent_pair() if is_latent else gqa_pair()
     block_size = 64 if is_latent else 16
     rng = np.random.RandomState(2)
-    backend.reserve_graph(num_rows, num_tokens, 64)
+    max_pages = max_keys // block_size
+    backend.reserve_graph(num_rows, num_tokens, max_pages)
     q = torch.randn(num_tokens, 4, 576) if is_latent else torch.randn(num_tokens, 8, 64)
 
     def run(each, count=num_tokens):
@@ -150,10 +158,11 @@ def test_captured_batches(is_latent, num_rows, num_tokens, first):
 
     decode = [[(15, 1), (300, 1), (64, 1), (0, 1)], [(5, 1)] * 4]
     for rows in [first, *(decode if num_rows > 1 else [[(300, 5)], [(0, 32)], [(17, 2)]])]:
-        batch = dataclasses.replace(batch_of(rows, block_size, rng), pages=torch.zeros(num_tokens, dtype=torch.int64), is_captured=True)
+        pages = torch.zeros(num_tokens, dtype=torch.int64)
+        batch = dataclasses.replace(batch_of(rows, block_size, rng), pages=pages, captured_pages=max_pages)
         planned()
         backend.begin_graph(batch)
-        assert len(planned()) == 1
+        assert planned() == ["latent captured" if is_latent else expected]
         reference.begin(batch)
         count = batch.query_starts[-1]
         out = run(backend)

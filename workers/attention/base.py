@@ -79,7 +79,11 @@ class AttentionBatch:
     offsets: torch.Tensor  # [T] int64, position inside the page
     kv_pages: torch.Tensor | None = None  # on CUDA: the rows' pages one after the other, int32
     kv_starts: np.ndarray | None = None  # R + 1, int32 on the host: row r's are kv_pages[kv_starts[r]:kv_starts[r + 1]]
-    is_captured: bool = False  # pages and offsets are those of a captured graph, which may have more tokens: padding
+    captured_pages: int = 0  # room of the graph whose pages and offsets these are, with padding behind the tokens; 0: not captured
+
+    @property
+    def is_captured(self) -> bool:
+        return self.captured_pages > 0
 
     @property
     def num_rows(self) -> int:
@@ -93,6 +97,7 @@ class AttentionBackend(abc.ABC):
     """Attention of one rank over its pool. `begin` is called once per step, before any layer, and keeps `batch`."""
 
     has_graphs = False  # whether steps may be captured: `reserve_graph` and `begin_graph` are there
+    few_keys = 0  # captured prompts of up to as many keys have graphs of their own
     reads_behind_end = True  # whether it multiplies by what lies behind the end of a row in its last page
     reads_block_table = True  # whether `AttentionBatch.block_table` is needed
     has_window = False  # whether `AttentionShape.window` is heeded

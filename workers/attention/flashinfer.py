@@ -38,7 +38,8 @@ class FlashInferAttention(AttentionBackend):
         self._kernels = wrappers.kernels
         self._gqa = None if shape.latent_dim else GroupedQuery(wrappers)
         self._latent = Latent(wrappers) if shape.latent_dim else None
-        self._graphs: dict[tuple[int, int], Planned] = {}  # by captured rows and tokens
+        self.few_keys = self._form.few_keys
+        self._graphs: dict[tuple[int, int, int], Planned] = {}  # by captured rows, tokens and pages
         self._captured_out: torch.Tensor | None = None  # [T, N, D or C] of captured prompts: behind the last query stays what was there
         self._active: Planned | None = None  # the captured one of this step; None: eager
 
@@ -95,15 +96,16 @@ class FlashInferAttention(AttentionBackend):
     def reserve_graph(self, num_rows: int, num_tokens: int, max_pages: int) -> None:
         """A wrapper of its own, whose addresses stay."""
         device, is_prompt = self.pool.tensor.device, num_tokens > num_rows
-        self._graphs[num_rows, num_tokens] = self._form.captured(CapturedBuffers(num_rows, max_pages, device), is_prompt=is_prompt)
+        buffers = CapturedBuffers(num_rows, max_pages, device)
+        self._graphs[num_rows, num_tokens, max_pages] = self._form.captured(buffers, is_prompt=is_prompt)
         if is_prompt and (self._captured_out is None or len(self._captured_out) < num_tokens):
             shape = (num_tokens, self.shape.num_heads, self.shape.latent_dim or self.shape.head_dim)
             self._captured_out = torch.zeros(shape, dtype=self.pool.tensor.dtype, device=device)
 
     def begin_graph(self, batch: AttentionBatch) -> None:
-        """`begin` for a batch that runs as a captured graph, of as many rows and tokens as were reserved."""
+        """`begin` for a batch that runs as a captured graph, of as many rows, tokens and pages as were reserved."""
         self.batch = batch
-        self._active = self._graphs[batch.num_rows, len(batch.pages)]
+        self._active = self._graphs[batch.num_rows, len(batch.pages), batch.captured_pages]
         self._form.plan_captured(self._active, batch)
 
     def _out_of(self, queries: torch.Tensor) -> torch.Tensor | None:

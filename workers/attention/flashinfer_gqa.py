@@ -1,8 +1,9 @@
 """Grouped-query attention by FlashInfer.
 
     decode rows      paged decode on tensor cores
-    other rows       paged prefill, causal; of few queries over many keys by the kernel that splits keys; where queries are many, keys and
-                     values are first copied together: the kernel is 15-20% faster on them
+    other rows       paged prefill, causal; of few queries over many keys by the kernel that splits keys (captured, it splits few keys too,
+                     and merges for longer than it attends); where queries are many, keys and values are first copied together: the kernel
+                     is 15-20% faster on them
 
 N query heads, K key-value heads, D head dimensions, S keys
 """
@@ -22,6 +23,7 @@ from workers.attention.flashinfer_wrappers import CapturedBuffers, Planned, Wrap
 GATHERED_BYTES = 1 << 30  # of one layer's keys and values, copied together
 GATHER_QUERIES = 512  # per key, at which the copy pays
 SPLIT_KEYS = 2048  # of a row, from which splitting them pays
+CAPTURED_KEYS = 1024  # of a captured prompt, up to which they do not
 QUERY_TILE = 128  # queries times group
 
 
@@ -41,6 +43,7 @@ class GroupedQuery:
         self._wrappers, self._shape = wrappers, wrappers.shape
         tensor = wrappers.pool.tensor
         self._layers = [(tensor[:, :, layer, 0], tensor[:, :, layer, 1]) for layer in range(tensor.shape[2])]  # [pages, K, block, D]
+        self.few_keys = CAPTURED_KEYS if wrappers.kernel == "fa3" else 0
         self._num_processors = torch.cuda.get_device_properties(wrappers.device).multi_processor_count
         self._decode = wrappers.new_decode()
         self._prefill = wrappers.new_prefill(wrappers.kernel)
@@ -58,7 +61,10 @@ class GroupedQuery:
         ]
 
     def captured(self, buffers: CapturedBuffers, *, is_prompt: bool) -> Planned:
-        return self._wrappers.new_prefill("fa2", buffers) if is_prompt else self._wrappers.new_decode(buffers)
+        if not is_prompt:
+            return self._wrappers.new_decode(buffers)
+        is_few = buffers.max_pages * self._wrappers.block_size <= self.few_keys
+        return self._wrappers.new_prefill("fa3" if is_few else "fa2", buffers)
 
     def plan_captured(self, planned: Planned, batch: AttentionBatch) -> None:
         plan = self._plan_decode if batch.num_decode_rows else self._plan_prefill

@@ -29,6 +29,8 @@ _UP_SLACK = 128  # dimensions per head that the projection holds besides keys an
 class Latent:
     """Wrappers of one rank, which are planned once the layers have said which rows they absorb."""
 
+    few_keys = 0  # the kernel decides for each batch how to split keys
+
     def __init__(self, wrappers: Wrappers) -> None:
         self._wrappers, self._shape = wrappers, wrappers.shape
         tensor, latent_dim = wrappers.pool.tensor, wrappers.shape.latent_dim

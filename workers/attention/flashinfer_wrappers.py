@@ -38,6 +38,7 @@ class CapturedBuffers:
     """Where a captured wrapper keeps what its graph reads; int32 on the device."""
 
     def __init__(self, num_rows: int, max_pages: int, device: torch.device) -> None:
+        self.max_pages = max_pages
         counts = (num_rows + 1, num_rows + 1, num_rows, max_pages)
         self.query_starts, self.starts, self.lengths, self.pages = (
             torch.zeros(count, dtype=torch.int32, device=device) for count in counts
