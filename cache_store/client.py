@@ -6,13 +6,15 @@ has ended the session); then a new `attach` is the way on. ArenaTooSmall, Layout
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 
 from cache_store.accesses import MissReason as MissReason
+from cache_store.calls import CallStream
 from cache_store.errors import StoreUnavailable
 from cache_store.keys import BlockKey, Layout, join_keys, split_keys
 from cache_store.outcomes import ClaimOutcome as ClaimOutcome
@@ -122,6 +124,7 @@ class StoreClient:
         self._metadata = ((SECRET_HEADER, secret),)
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = cache_store_pb2_grpc.CacheStoreStub(self._channel)  # type: ignore[no-untyped-call]
+        self._calls = CallStream(lambda: self._stub.Calls(metadata=self._metadata))
         self._session_id = ""
         self._num_parts = 0
 
@@ -174,7 +177,7 @@ class StoreClient:
             claim_ttl_ms=_milliseconds(claim_ttl_s) if claim_ttl_s else 0,
             min_claimed=min_claimed,
         )
-        reply: pb.LookupResponse = await self._call(self._stub.Lookup, request)
+        reply: pb.LookupResponse = await self._ask("lookup", request)
         pinned = self._acquired(reply.pinned) if reply.HasField("pinned") else None
         claims = [_CLAIM_OUTCOMES[number] for number in reply.claims]
         miss_reason = _MISSES.get(reply.miss_reason)
@@ -183,7 +186,7 @@ class StoreClient:
     async def claim(self, keys: Sequence[bytes], ttl_s: float) -> list[ClaimOutcome]:
         """States the intent to compute blocks; forgotten after `ttl_s`, or when they are stored."""
         request = pb.ClaimRequest(session_id=self._session(), keys=join_keys(keys), ttl_ms=_milliseconds(ttl_s))
-        reply: pb.ClaimResponse = await self._call(self._stub.Claim, request)
+        reply: pb.ClaimResponse = await self._ask("claim", request)
         return [_CLAIM_OUTCOMES[number] for number in reply.outcomes]
 
     async def acquire(self, keys: Sequence[bytes], ttl_s: float, max_wait_s: float = 0.0) -> Acquired:
@@ -191,7 +194,7 @@ class StoreClient:
         request = pb.AcquireRequest(
             session_id=self._session(), keys=join_keys(keys), ttl_ms=_milliseconds(ttl_s), max_wait_ms=self._wait_ms(max_wait_s)
         )
-        reply: pb.AcquireResponse = await self._call(self._stub.Acquire, request)
+        reply: pb.AcquireResponse = await self._ask("acquire", request)
         return self._acquired(reply)
 
     async def reserve(self, keys: Sequence[bytes], parents: Sequence[bytes], ttl_s: float, first: Sequence[bool] | None = None) -> Reserved:
@@ -202,7 +205,7 @@ class StoreClient:
         request = pb.ReserveRequest(
             session_id=self._session(), keys=join_keys(keys), parents=join_keys(parents), ttl_ms=_milliseconds(ttl_s), first=first or ()
         )
-        reply: pb.ReserveResponse = await self._call(self._stub.Reserve, request)
+        reply: pb.ReserveResponse = await self._ask("reserve", request)
         slots = zip(reply.outcomes, reply.offsets, reply.generations, strict=True)
         return Reserved(
             reply.lease_id, [ReservedSlot(_RESERVE_OUTCOMES[number], offset, generation) for number, offset, generation in slots]
@@ -218,13 +221,13 @@ class StoreClient:
             parts=[part for _, parts, _ in blocks for part in parts],
             checksums=array("Q", b"".join(checksums for _, _, checksums in blocks)),
         )
-        reply: pb.CommitResponse = await self._call(self._stub.Commit, request)
+        reply: pb.CommitResponse = await self._ask("commit", request)
         return [_COMMIT_OUTCOMES[number] for number in reply.outcomes]
 
     async def release(self, lease_ids: Sequence[int]) -> int:
         """Ends leases; returns how many were still held. Nobody of this session may write to their slots any more."""
         request = pb.ReleaseRequest(session_id=self._session(), lease_ids=lease_ids)
-        reply: pb.ReleaseResponse = await self._call(self._stub.Release, request)
+        reply: pb.ReleaseResponse = await self._ask("release", request)
         return reply.num_released
 
     async def pin(self, owner: str, keys: Sequence[bytes], ttl_s: float, max_wait_s: float = 0.0) -> PinReply:
@@ -281,6 +284,7 @@ class StoreClient:
         raise StoreUnavailable(f"{self.address}: the store has ended the stream of events")
 
     async def close(self) -> None:
+        await self._calls.close()
         await self._channel.close()
 
     def _acquired(self, reply: pb.AcquireResponse) -> Acquired:
@@ -298,6 +302,21 @@ class StoreClient:
             raise StoreUnavailable(f"{self.address}: not attached")
         return self._session_id
 
+    async def _ask(self, kind: str, request: Any) -> Any:
+        """The reply to one of the calls that share a stream; `kind` names it."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await self._calls.ask(kind, request)
+        except TimeoutError as error:
+            raise StoreUnavailable(f"{self.address}: no answer to {kind} within {self._timeout_s:g} s") from error
+        except grpc.aio.AioRpcError as error:
+            raise _translated(error, self.address) from error
+        except grpc.aio.UsageError as error:
+            raise StoreUnavailable(f"{self.address}: the client is closed") from error
+        if answer.HasField("refusal"):
+            raise _refused(answer.refusal.error, answer.refusal.details, self.address)
+        return getattr(answer, kind)
+
     async def _call(self, method: Callable[..., Awaitable[Reply]], request: Request) -> Reply:
         try:
             return await method(request, timeout=self._timeout_s, metadata=self._metadata)
@@ -309,9 +328,13 @@ class StoreClient:
 
 def _translated(error: grpc.aio.AioRpcError, address: str) -> Exception:
     name = next((str(value) for key, value in error.trailing_metadata() or () if key == ERROR_HEADER), "")
-    if name == "ValueError":
-        return ValueError(error.details())
-    return ERRORS.get(name, StoreUnavailable)(f"{address}: {error.code().name}: {error.details()}")
+    details = error.details() or ""
+    return _refused(name, details if name else f"{error.code().name}: {details}", address)
+
+
+def _refused(name: str, details: str, address: str) -> Exception:
+    """Of the class that the store has named."""
+    return ValueError(details) if name == "ValueError" else ERRORS.get(name, StoreUnavailable)(f"{address}: {details}")
 
 
 def _milliseconds(ttl_s: float) -> int:

@@ -1,4 +1,4 @@
-"""The gRPC face of the store. Messages in, one call to the node, messages out. All on one loop; Acquire, Pin and Check wait there."""
+"""The gRPC face of the store. Messages in, one call to the node, messages out. All on one loop; acquire, Pin and Check wait there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from cache_store.calls import serve_calls
 from cache_store.errors import StoreError
 from cache_store.keys import join_keys, split_keys
 from cache_store.metrics import render
@@ -63,6 +64,14 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
     def __init__(self, node: StoreNode, loop: asyncio.AbstractEventLoop) -> None:
         self._node, self._store, self._loop = node, node.store, loop
         self._timer: asyncio.TimerHandle | None = None
+        self._methods: dict[str, Callable[[Any], Awaitable[Any]]] = {
+            "lookup": self._lookup,
+            "claim": self._claim,
+            "acquire": self._acquire,
+            "reserve": self._reserve,
+            "commit": self._commit,
+            "release": self._release,
+        }
 
     def arm(self) -> None:
         """Sets the timer to the store's next deadline, unless it will go off before that anyhow, and lets background work go on."""
@@ -110,8 +119,7 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
         self._store.detach(request.session_id)
         return pb.DetachResponse()
 
-    @_answers
-    def Lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:  # noqa: N802
+    async def _lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:
         keys = self._keys(request.keys)
         looked = self._node.look_up(request.session_id, keys, request.compute_tokens_per_s, request.copy_bytes_per_s)
         pinned = None
@@ -130,18 +138,15 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
             claims=[CLAIM[outcome] for outcome in claims],
         )
 
-    @_answers
-    def Claim(self, request: pb.ClaimRequest) -> pb.ClaimResponse:  # noqa: N802
+    async def _claim(self, request: pb.ClaimRequest) -> pb.ClaimResponse:
         outcomes = self._store.claim(request.session_id, self._keys(request.keys), request.ttl_ms / 1000)
         return pb.ClaimResponse(outcomes=[CLAIM[outcome] for outcome in outcomes])
 
-    @_answers_later
-    async def Acquire(self, request: pb.AcquireRequest) -> pb.AcquireResponse:  # noqa: N802
+    async def _acquire(self, request: pb.AcquireRequest) -> pb.AcquireResponse:
         keys, ttl_s, max_wait_s = self._keys(request.keys), request.ttl_ms / 1000, request.max_wait_ms / 1000
         return _acquired_message(await self._node.acquire(request.session_id, keys, ttl_s, max_wait_s))
 
-    @_answers
-    def Reserve(self, request: pb.ReserveRequest) -> pb.ReserveResponse:  # noqa: N802
+    async def _reserve(self, request: pb.ReserveRequest) -> pb.ReserveResponse:
         keys, parents = self._keys(request.keys), self._keys(request.parents)
         first = request.first or None
         if len(parents) != len(keys) or (first and len(first) != len(keys)):
@@ -155,8 +160,7 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
             generations=[slot.generation if slot else 0 for slot in slots],
         )
 
-    @_answers
-    def Commit(self, request: pb.CommitRequest) -> pb.CommitResponse:  # noqa: N802
+    async def _commit(self, request: pb.CommitRequest) -> pb.CommitResponse:
         keys, counts = self._keys(request.keys), request.num_parts
         if len(counts) != len(keys) or not sum(counts) == len(request.parts) == len(request.checksums):
             raise ValueError("num_parts, parts, checksums: do not describe the keys")
@@ -165,9 +169,22 @@ class StoreService(cache_store_pb2_grpc.CacheStoreServicer):
         outcomes = self._store.commit(request.session_id, request.lease_id, blocks)
         return pb.CommitResponse(outcomes=[COMMIT[outcome] for outcome in outcomes])
 
-    @_answers
-    def Release(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:  # noqa: N802
+    async def _release(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
         return pb.ReleaseResponse(num_released=self._store.release(request.session_id, request.lease_ids))
+
+    async def Calls(self, requests: object, context: Context) -> None:  # noqa: N802
+        await serve_calls(self._answer, context)
+
+    async def _answer(self, call: pb.Call) -> pb.Answer:
+        kind = call.WhichOneof("request")
+        try:
+            if kind is None:
+                raise ValueError("request: a call must have one that is known here")
+            return pb.Answer(number=call.number, **{kind: await self._methods[kind](getattr(call, kind))})
+        except (StoreError, ValueError) as error:
+            return pb.Answer(number=call.number, refusal=pb.Refusal(error=type(error).__name__, details=str(error)))
+        finally:
+            self.arm()
 
     @_answers
     def Stat(self, request: pb.StatRequest) -> pb.StatResponse:  # noqa: N802
@@ -275,6 +292,7 @@ class SecretInterceptor(grpc.aio.ServerInterceptor):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{SECRET_HEADER} is missing or wrong", ((ERROR_HEADER, "StoreRefused"),))
 
         handler = await continuation(handler_call_details)
-        if handler is not None and handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(refuse)
-        return grpc.unary_unary_rpc_method_handler(refuse)
+        if handler is None or not handler.response_streaming:
+            return grpc.unary_unary_rpc_method_handler(refuse)
+        streamed = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+        return streamed(refuse)

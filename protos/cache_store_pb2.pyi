@@ -136,6 +136,52 @@ class DetachResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Call(_message.Message):
+    __slots__ = ("number", "lookup", "claim", "acquire", "reserve", "commit", "release")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    CLAIM_FIELD_NUMBER: _ClassVar[int]
+    ACQUIRE_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    lookup: LookupRequest
+    claim: ClaimRequest
+    acquire: AcquireRequest
+    reserve: ReserveRequest
+    commit: CommitRequest
+    release: ReleaseRequest
+    def __init__(self, number: _Optional[int] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., claim: _Optional[_Union[ClaimRequest, _Mapping]] = ..., acquire: _Optional[_Union[AcquireRequest, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., commit: _Optional[_Union[CommitRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseRequest, _Mapping]] = ...) -> None: ...
+
+class Answer(_message.Message):
+    __slots__ = ("number", "lookup", "claim", "acquire", "reserve", "commit", "release", "refusal")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    CLAIM_FIELD_NUMBER: _ClassVar[int]
+    ACQUIRE_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    lookup: LookupResponse
+    claim: ClaimResponse
+    acquire: AcquireResponse
+    reserve: ReserveResponse
+    commit: CommitResponse
+    release: ReleaseResponse
+    refusal: Refusal
+    def __init__(self, number: _Optional[int] = ..., lookup: _Optional[_Union[LookupResponse, _Mapping]] = ..., claim: _Optional[_Union[ClaimResponse, _Mapping]] = ..., acquire: _Optional[_Union[AcquireResponse, _Mapping]] = ..., reserve: _Optional[_Union[ReserveResponse, _Mapping]] = ..., commit: _Optional[_Union[CommitResponse, _Mapping]] = ..., release: _Optional[_Union[ReleaseResponse, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("error", "details")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    details: str
+    def __init__(self, error: _Optional[str] = ..., details: _Optional[str] = ...) -> None: ...
+
 class LookupRequest(_message.Message):
     __slots__ = ("session_id", "keys", "compute_tokens_per_s", "copy_bytes_per_s", "max_pinned", "ttl_ms", "claim_ttl_ms", "min_claimed")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]

@@ -44,35 +44,10 @@ class CacheStoreStub(object):
                 request_serializer=protos_dot_cache__store__pb2.DetachRequest.SerializeToString,
                 response_deserializer=protos_dot_cache__store__pb2.DetachResponse.FromString,
                 _registered_method=True)
-        self.Lookup = channel.unary_unary(
-                '/mobula.cache_store.v1.CacheStore/Lookup',
-                request_serializer=protos_dot_cache__store__pb2.LookupRequest.SerializeToString,
-                response_deserializer=protos_dot_cache__store__pb2.LookupResponse.FromString,
-                _registered_method=True)
-        self.Claim = channel.unary_unary(
-                '/mobula.cache_store.v1.CacheStore/Claim',
-                request_serializer=protos_dot_cache__store__pb2.ClaimRequest.SerializeToString,
-                response_deserializer=protos_dot_cache__store__pb2.ClaimResponse.FromString,
-                _registered_method=True)
-        self.Acquire = channel.unary_unary(
-                '/mobula.cache_store.v1.CacheStore/Acquire',
-                request_serializer=protos_dot_cache__store__pb2.AcquireRequest.SerializeToString,
-                response_deserializer=protos_dot_cache__store__pb2.AcquireResponse.FromString,
-                _registered_method=True)
-        self.Reserve = channel.unary_unary(
-                '/mobula.cache_store.v1.CacheStore/Reserve',
-                request_serializer=protos_dot_cache__store__pb2.ReserveRequest.SerializeToString,
-                response_deserializer=protos_dot_cache__store__pb2.ReserveResponse.FromString,
-                _registered_method=True)
-        self.Commit = channel.unary_unary(
-                '/mobula.cache_store.v1.CacheStore/Commit',
-                request_serializer=protos_dot_cache__store__pb2.CommitRequest.SerializeToString,
-                response_deserializer=protos_dot_cache__store__pb2.CommitResponse.FromString,
-                _registered_method=True)
-        self.Release = channel.unary_unary(
-                '/mobula.cache_store.v1.CacheStore/Release',
-                request_serializer=protos_dot_cache__store__pb2.ReleaseRequest.SerializeToString,
-                response_deserializer=protos_dot_cache__store__pb2.ReleaseResponse.FromString,
+        self.Calls = channel.stream_stream(
+                '/mobula.cache_store.v1.CacheStore/Calls',
+                request_serializer=protos_dot_cache__store__pb2.Call.SerializeToString,
+                response_deserializer=protos_dot_cache__store__pb2.Answer.FromString,
                 _registered_method=True)
         self.Stat = channel.unary_unary(
                 '/mobula.cache_store.v1.CacheStore/Stat',
@@ -134,43 +109,8 @@ class CacheStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Lookup(self, request, context):
-        """Counts the leading keys that are stored and complete. Where asked to, pins the first of them as Acquire does, and claims the others.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Claim(self, request, context):
-        """States the intent to compute blocks, so that others may wait for them. Takes no memory; expires.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Acquire(self, request, context):
-        """Pins the leading keys that are stored, and says where their bytes lie.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Reserve(self, request, context):
-        """Hands out slots to write blocks into, parents first.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Commit(self, request, context):
-        """Records the checksums of written parts; a block whose parts are all recorded becomes visible.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Release(self, request, context):
-        """Ends leases; also those of an earlier session of the same processes, whose slots wait for the end of these processes.
+    def Calls(self, request_iterator, context):
+        """What a session asks while it serves, over one stream: a call by itself takes twice as long. Answers come as they are ready.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -242,35 +182,10 @@ def add_CacheStoreServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_cache__store__pb2.DetachRequest.FromString,
                     response_serializer=protos_dot_cache__store__pb2.DetachResponse.SerializeToString,
             ),
-            'Lookup': grpc.unary_unary_rpc_method_handler(
-                    servicer.Lookup,
-                    request_deserializer=protos_dot_cache__store__pb2.LookupRequest.FromString,
-                    response_serializer=protos_dot_cache__store__pb2.LookupResponse.SerializeToString,
-            ),
-            'Claim': grpc.unary_unary_rpc_method_handler(
-                    servicer.Claim,
-                    request_deserializer=protos_dot_cache__store__pb2.ClaimRequest.FromString,
-                    response_serializer=protos_dot_cache__store__pb2.ClaimResponse.SerializeToString,
-            ),
-            'Acquire': grpc.unary_unary_rpc_method_handler(
-                    servicer.Acquire,
-                    request_deserializer=protos_dot_cache__store__pb2.AcquireRequest.FromString,
-                    response_serializer=protos_dot_cache__store__pb2.AcquireResponse.SerializeToString,
-            ),
-            'Reserve': grpc.unary_unary_rpc_method_handler(
-                    servicer.Reserve,
-                    request_deserializer=protos_dot_cache__store__pb2.ReserveRequest.FromString,
-                    response_serializer=protos_dot_cache__store__pb2.ReserveResponse.SerializeToString,
-            ),
-            'Commit': grpc.unary_unary_rpc_method_handler(
-                    servicer.Commit,
-                    request_deserializer=protos_dot_cache__store__pb2.CommitRequest.FromString,
-                    response_serializer=protos_dot_cache__store__pb2.CommitResponse.SerializeToString,
-            ),
-            'Release': grpc.unary_unary_rpc_method_handler(
-                    servicer.Release,
-                    request_deserializer=protos_dot_cache__store__pb2.ReleaseRequest.FromString,
-                    response_serializer=protos_dot_cache__store__pb2.ReleaseResponse.SerializeToString,
+            'Calls': grpc.stream_stream_rpc_method_handler(
+                    servicer.Calls,
+                    request_deserializer=protos_dot_cache__store__pb2.Call.FromString,
+                    response_serializer=protos_dot_cache__store__pb2.Answer.SerializeToString,
             ),
             'Stat': grpc.unary_unary_rpc_method_handler(
                     servicer.Stat,
@@ -378,7 +293,7 @@ class CacheStore(object):
             _registered_method=True)
 
     @staticmethod
-    def Lookup(request,
+    def Calls(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -388,147 +303,12 @@ class CacheStore(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/mobula.cache_store.v1.CacheStore/Lookup',
-            protos_dot_cache__store__pb2.LookupRequest.SerializeToString,
-            protos_dot_cache__store__pb2.LookupResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Claim(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/mobula.cache_store.v1.CacheStore/Claim',
-            protos_dot_cache__store__pb2.ClaimRequest.SerializeToString,
-            protos_dot_cache__store__pb2.ClaimResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Acquire(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/mobula.cache_store.v1.CacheStore/Acquire',
-            protos_dot_cache__store__pb2.AcquireRequest.SerializeToString,
-            protos_dot_cache__store__pb2.AcquireResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Reserve(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/mobula.cache_store.v1.CacheStore/Reserve',
-            protos_dot_cache__store__pb2.ReserveRequest.SerializeToString,
-            protos_dot_cache__store__pb2.ReserveResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Commit(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/mobula.cache_store.v1.CacheStore/Commit',
-            protos_dot_cache__store__pb2.CommitRequest.SerializeToString,
-            protos_dot_cache__store__pb2.CommitResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Release(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/mobula.cache_store.v1.CacheStore/Release',
-            protos_dot_cache__store__pb2.ReleaseRequest.SerializeToString,
-            protos_dot_cache__store__pb2.ReleaseResponse.FromString,
+            '/mobula.cache_store.v1.CacheStore/Calls',
+            protos_dot_cache__store__pb2.Call.SerializeToString,
+            protos_dot_cache__store__pb2.Answer.FromString,
             options,
             channel_credentials,
             insecure,

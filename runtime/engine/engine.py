@@ -174,6 +174,9 @@ class Engine:
         launched = self._plan()
         if launched is not None:
             self._group.submit(launched.plan)
+            if launched.admitted:
+                self.outputs.admitted(launched.admitted)
+                self._send_outputs()
         self._port.send()
         for answer in self._group.poll(self._patience(launched)):
             self._apply(answer)
@@ -256,6 +259,9 @@ class Engine:
         self._inbox.settle(self._taken, self._load)
         self._taken = []
         self._stats = self._snapshot()
+        self._send_outputs()
+
+    def _send_outputs(self) -> None:
         outputs = self.outputs.take()
         if outputs:
             self._sink(outputs, self._load)

@@ -1,8 +1,8 @@
 """Frames of the engine channel: one bidirectional gRPC stream of msgpack arrays per (front door, engine).
 
     front door -> engine    Submit, Abort, StatusQuery
-    engine -> front door    Hello (first, and again when it knows more), StepFrame (one per step that has something for this front door),
-                            StatusReply
+    engine -> front door    Hello (first, and again when it knows more), StepFrame (when requests are admitted, and one per step that has
+                            something for this front door), StatusReply
 
 A frame is `[kind, *fields]`. Token ids travel as little-endian uint32 bytes, everything else as plain values. One front door sees only its
 own requests: the engine scopes request ids by stream, and a broken stream aborts all that were submitted over it.
@@ -63,7 +63,8 @@ class Load(NamedTuple):
 
 
 class RequestOutput(NamedTuple):
-    """What one step gave one request. The first of a request carries `cached`, `receipt` and `pin`, the last `finish_reason` or `error`."""
+    """What one step gave one request, or what it reuses, when it is admitted: the first carries `cached`, `receipt` and `pin`, the last
+    `finish_reason` or `error`."""
 
     request_id: str
     token_ids: list[int]

@@ -41,7 +41,7 @@ class Outputs:
                 tokens, reason = _keep(request, tokens)
             if publish and phase is Phase.RUNNING and request.num_confirmed // block_size > request.num_published:
                 self._publish(request)
-            if reason is not None or row.prompt_logprobs is not None or row.logprobs is not None or not request.first_output_sent:
+            if reason is not None or row.prompt_logprobs is not None or row.logprobs is not None:
                 output = self._full_output(request, row, tokens, reason, now_s)
             else:
                 output = RequestOutput(request.request.request_id, tokens) if tokens else None
@@ -51,6 +51,13 @@ class Outputs:
                 finished.append(request)
         self._blocks.confirm(result.sequence)
         return finished
+
+    def admitted(self, requests: Sequence[LiveRequest]) -> None:
+        """The first output of requests: what they reuse. It is on its way to the client while the prompt is computed."""
+        for request in requests:
+            if not request.first_output_sent:  # else it was preempted, and is admitted again
+                first = self._complete(request, RequestOutput(request.request.request_id, []), None, 0.0)
+                self._by_stream[request.request.stream].append(first)
 
     def end(self, request: LiveRequest, now_s: float, *, reason: FinishReason | None = None, error: Sequence[str] | None = None) -> None:
         """The last output of a request that ends for another reason than its own tokens."""

@@ -20,11 +20,11 @@ class Continuation:
         self._request = request
         self._output = array("I", request.output_token_ids)
         self._num_scored = 0  # prompt positions whose logprobs have come
-        self.has_begun = False  # something of it has come back
+        self.has_begun = False  # something has come back of what it asked for
 
     def saw(self, batch: list[RequestOutput]) -> None:
         for output in batch:
-            self.has_begun = True
+            self.has_begun |= bool(output.token_ids or output.prompt_logprobs)
             self._output.extend(output.token_ids)
             self._num_scored += len(output.prompt_logprobs) if isinstance(output.prompt_logprobs, list) else 0
 

@@ -260,8 +260,8 @@ class Dispatch:
                     lost.add(self.replica_id)
                     async with contextlib.aclosing(self._run(request, reservation)) as batches:
                         async for batch in batches:
-                            weights_digest = reservation.hello.weights_digest
                             continuation.saw(batch)
+                            weights_digest = reservation.hello.weights_digest if continuation.has_begun else None
                             yield batch
                 return
             except (ReplicaLost, GroupFailed) as error:

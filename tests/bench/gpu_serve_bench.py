@@ -163,6 +163,7 @@ def measure(address: str, vocab_size: int, budget: Budget, figures: dict[str, fl
                 f"serve_{count}_ttft_p99_ms": ttfts[int(len(ttfts) * 0.99)],
                 f"serve_{count}_gap_p50_ms": gaps[len(gaps) // 2],
                 f"serve_{count}_gap_p99_ms": gaps[int(len(gaps) * 0.99)],
+                f"serve_{count}_gap_max_ms": gaps[-1],
                 f"serve_{count}_tok_s": len(runs) * STREAM_TOKENS / sum(seconds for seconds, _ in results),
             }
             figures.update(found)

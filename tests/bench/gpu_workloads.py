@@ -144,6 +144,7 @@ class Workloads:
                 f"stream_{count}_ttft_p50_ms": ttfts[len(ttfts) // 2],
                 f"stream_{count}_gap_p50_ms": gaps[len(gaps) // 2],
                 f"stream_{count}_gap_p99_ms": gaps[int(len(gaps) * 0.99)],
+                f"stream_{count}_gap_max_ms": gaps[-1],
                 f"stream_{count}_tok_s": num_runs * count * STREAM_TOKENS / sum(seconds for seconds, _ in runs),
             }
         return figures

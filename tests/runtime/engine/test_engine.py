@@ -296,6 +296,22 @@ def test_step_age_shows_a_group_that_hangs(start: Start) -> None:
     wait_until(lambda: running.engine.stats().step_age_s == 0.0)
 
 
+def test_what_a_request_reuses_is_told_while_its_prompt_is_computed(start: Start) -> None:
+    group = RealtimeGroup(make_info(64, max_model_len=200))
+    running = start(group)
+    running.engine.submit(make_request("first", range(40), max_tokens=1))
+    running.last("first")
+    group.gate.clear()
+    running.engine.submit(make_request("a", range(41), max_tokens=2))
+    wait_until(lambda: bool(running.outputs.get((0, "a"))))
+    [first] = running.outputs[0, "a"]
+    assert (first.token_ids, first.cached) == ([], [40, 0, 0, 0])
+    group.gate.set()
+    group.wake()
+    assert running.tokens("a") == expected(list(range(41)), 2)
+    assert [output.cached for output in running.outputs[0, "a"][1:]] == [None, None]
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     for bad in ({"pipeline_depth": 3}, {"max_num_seqs": 0}, {"max_prompt_tokens_beside_outputs": 0}, {"copy_timeout_s": 50.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):

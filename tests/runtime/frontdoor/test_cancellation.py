@@ -71,7 +71,7 @@ async def reach(phase: str, engine: RealEngine, victim: Victim) -> None:
         await eventually(lambda: engine.engine.stats().num_waiting and engine._store.num_lookups)  # type: ignore[union-attr]
     elif phase == "prefill":
         await eventually(lambda: engine.engine.stats().num_running == 1)
-        assert not victim.events
+        assert not tokens_of(victim.events)
     elif phase == "decode":
         await eventually(lambda: len(tokens_of(victim.events)) > 2)
     else:

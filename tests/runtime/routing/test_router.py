@@ -194,6 +194,22 @@ async def test_a_request_that_has_begun_goes_on_with_the_same_weights_only(two: 
     assert second.submitted == []
 
 
+async def test_a_request_of_which_no_token_has_come_goes_on_with_any_weights(two: tuple[Router, FakeEngine, FakeEngine]) -> None:
+    router, first, second = two
+    await second.stop()
+    second.hello = second.hello._replace(weights_digest=b"other weights...")
+    await second.start(second.port)
+    await eventually(lambda: len(router._ready()) == 2)
+    plan, first.step_s = first.plan, 60.0
+    first.plan = lambda submit: [RequestOutput(submit.request_id, [], cached=[16, 0, 0, 0]), *plan(submit)]
+    reading = asyncio.create_task(read(router, a_request(max_tokens=5)))
+    await eventually(lambda: len(first.submitted) == 1)
+    await asyncio.sleep(0.1)  # it has been told what it reuses
+    await first.stop()
+    assert await reading == list(range(10, 15))
+    assert second.submitted[0].output == b""
+
+
 async def test_an_engine_may_say_later_what_its_weights_are(router: Router, engine: FakeEngine) -> None:
     engine.hello = engine.hello._replace(weights_digest=b"known by now....")
     engine.news.append(engine.hello)
