@@ -1,6 +1,8 @@
 """What the FlashInfer backend plans and runs, over wrappers in plain torch, against the reference. tests/gpu has the real ones."""
 
 import dataclasses
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -189,3 +191,15 @@ def test_every_kernel_is_planned_ahead(monkeypatch, make):
     backend.build(lambda *progress: seen.append(progress))
     assert sorted(planned()) == (["latent", "ragged"] if make is latent_pair else ["decode", "paged fa2", "paged fa3"])
     assert seen == [("kernels", done, len(seen) - 1) for done in range(len(seen))]
+
+
+def test_the_longest_row_is_found_in_one_operation(monkeypatch):
+    """The library's own modules get a `max` for tensors, which is as before for everything else."""
+    module = types.ModuleType("flashinfer.decode")
+    exec("def longest(lengths):\n    return max(lengths).item(), max(3, 5), max([2, 1], key=lambda x: -x)", module.__dict__)
+    monkeypatch.setitem(sys.modules, "flashinfer.decode", module)
+    gqa_pair()
+    compared = []
+    monkeypatch.setattr(torch.Tensor, "__gt__", lambda *_: compared.append(1))
+    assert module.longest(torch.tensor([4, 9, 2], dtype=torch.int32)) == (9, 5, 1)
+    assert not compared

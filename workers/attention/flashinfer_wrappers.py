@@ -8,7 +8,9 @@ R rows
 
 from __future__ import annotations
 
+import builtins
 import importlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,14 @@ from workers.attention.base import AttentionBatch, AttentionShape
 from workers.kv.pool import PagePool
 
 WORKSPACE_BYTES = 256 << 20
+PLANNING_MODULES = ("flashinfer.decode", "flashinfer.prefill")
+
+
+def largest(*values: Any, **options: Any) -> Any:
+    """Python's `max`, which would compare the elements of a tensor as tensors: 0.4 ms for 256 lengths, in each step. FlashInfer's `plan`
+    finds the longest row with it."""
+    is_tensor = len(values) == 1 and isinstance(values[0], torch.Tensor)
+    return values[0].max() if is_tensor else builtins.max(*values, **options)
 
 
 class Planned:
@@ -56,6 +66,9 @@ class Wrappers:
         self.kernel = "fa3" if torch.cuda.get_device_capability(self.device)[0] == 9 else "fa2"
         self.kernels = importlib.import_module("workers.kernels.pages")  # needs Triton
         self._flashinfer = importlib.import_module("flashinfer")
+        for name in PLANNING_MODULES:
+            if module := sys.modules.get(name):
+                module.max = largest  # type: ignore[attr-defined]
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
         self._ragged: list[Planned] = []
 
