@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import secrets
 import sys
@@ -96,10 +97,15 @@ class GpuEngine:
         self.engine.submit(EngineRequest(0, name, array("I", prompt), SamplingSettings(temperature=0.0), num_tokens))
         return answer
 
-    def generate(self, prompts: Sequence[Prompt], num_tokens: int, *, streamed: bool = False) -> tuple[float, list[PendingAnswer]]:
+    def generate(
+        self, prompts: Sequence[Prompt], num_tokens: int, *, streamed: bool = False, delays_s: Sequence[float] = ()
+    ) -> tuple[float, list[PendingAnswer]]:
         """Tokens come as they are made, `streamed` or not. RuntimeError when a request fails."""
         began_s = time.perf_counter()
-        answers = [self.send(prompt, num_tokens) for prompt in prompts]
+        answers = []
+        for prompt, delay_s in itertools.zip_longest(prompts, delays_s, fillvalue=0.0):
+            time.sleep(max(0.0, began_s + delay_s - time.perf_counter()))
+            answers.append(self.send(prompt, num_tokens))
         for answer in answers:
             if not answer.done.wait(REQUEST_TIMEOUT_S) or answer.error or len(answer.token_ids) != num_tokens:
                 raise RuntimeError(f"a request failed after {len(answer.token_ids)} tokens: {answer.error or 'no end'}")

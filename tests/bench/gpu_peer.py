@@ -51,9 +51,11 @@ class VllmEngine:
             found[name] = getattr(getattr(config, part, None), name, None)
         return found
 
-    def generate(self, prompts: Sequence[Prompt], num_tokens: int, *, streamed: bool = False) -> tuple[float, list[Answer]]:
+    def generate(
+        self, prompts: Sequence[Prompt], num_tokens: int, *, streamed: bool = False, delays_s: Sequence[float] = ()
+    ) -> tuple[float, list[Answer]]:
         """It streams only where that is asked for. RuntimeError when a request ends early, TimeoutError when one does not end."""
-        return self._runner.run(self._together(prompts, num_tokens, streamed))
+        return self._runner.run(self._together(prompts, num_tokens, streamed, delays_s or [0.0] * len(prompts)))
 
     def attach_store(self) -> None:
         """Its offloading is on from the start."""
@@ -61,21 +63,27 @@ class VllmEngine:
     def settle(self) -> None:
         self._runner.run(asyncio.sleep(SETTLE_S))
 
-    async def _together(self, prompts: Sequence[Prompt], num_tokens: int, streamed: bool) -> tuple[float, list[Answer]]:
+    async def _together(
+        self, prompts: Sequence[Prompt], num_tokens: int, streamed: bool, delays_s: Sequence[float]
+    ) -> tuple[float, list[Answer]]:
         began_s = time.perf_counter()
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
-            answers = await asyncio.gather(*(self._one(prompt, num_tokens, streamed) for prompt in prompts))
+            requests = [self._one(prompt, num_tokens, streamed, delay_s) for prompt, delay_s in zip(prompts, delays_s, strict=True)]
+            answers = await asyncio.gather(*requests)
         return time.perf_counter() - began_s, answers
 
-    async def _one(self, prompt: Prompt, num_tokens: int, streamed: bool) -> Answer:
+    async def _one(self, prompt: Prompt, num_tokens: int, streamed: bool, delay_s: float) -> Answer:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         kind = RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, output_kind=kind)
         self._num_requests += 1
+        request_id = str(self._num_requests)
+        if delay_s:
+            await asyncio.sleep(delay_s)
         answer = Answer(time.perf_counter())
-        async for output in self._llm.generate({"prompt_token_ids": prompt}, sampling, request_id=str(self._num_requests)):
+        async for output in self._llm.generate({"prompt_token_ids": prompt}, sampling, request_id=request_id):
             now_s = time.perf_counter()
             answer.token_times_s += [now_s] * len(output.outputs[0].token_ids)
             if (num_cached := getattr(output, "num_cached_tokens", None)) is not None:

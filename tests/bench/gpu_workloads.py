@@ -23,6 +23,9 @@ PREFILL_LENGTHS = (256, 2048, 8192, 32768)
 PREFILL_BATCH = (32, 2048)  # prompts and the length of each
 SYSTEM_TOKENS, OWN_TOKENS = 8192, 128  # of a shared prompt, and of what follows it
 STREAM_PROMPT, STREAM_TOKENS = 256, 96
+STORED_CONCURRENCIES = (1, 16, 64)  # beside a store there are pages for no more
+RUNNING, RUNNING_TOKENS = 64, 192  # streams that long prompts come upon
+LONG_PROMPTS_S = (0.5, 0.75, 1.0, 1.25)  # when one of SYSTEM_TOKENS comes
 RESTORE_TAIL = 64  # tokens behind the prefix that is restored
 POOL_TOKENS = 56_000  # of pages beside a store: what pushes a prefix out fits hardly more than once
 PUSH_PROMPTS = 2  # of LONG_CONTEXT tokens: together more than POOL_TOKENS
@@ -49,9 +52,11 @@ class Answer:
 class System(Protocol):
     """What serves the prompts."""
 
-    def generate(self, prompts: Sequence[Prompt], num_tokens: int, *, streamed: bool = False) -> tuple[float, Sequence[Answer]]:
-        """Sends all prompts at once for exactly `num_tokens` greedy tokens each. Seconds until all are there, and the answers; only with
-        `streamed` are tokens wanted as they come, and their times mean something."""
+    def generate(
+        self, prompts: Sequence[Prompt], num_tokens: int, *, streamed: bool = False, delays_s: Sequence[float] = ()
+    ) -> tuple[float, Sequence[Answer]]:
+        """Sends all prompts at once, or each after its delay (ascending), for exactly `num_tokens` greedy tokens each. Seconds until all
+        are there, and the answers; only with `streamed` are tokens wanted as they come, and their times mean something."""
         ...
 
     def attach_store(self) -> None:
@@ -134,20 +139,42 @@ class Workloads:
         return {"mix_512req_tok_s": 512 * 128 / seconds}
 
     def stream(self) -> Figures:
+        return self._streams("stream", CONCURRENCIES)
+
+    def stored_stream(self) -> Figures:
+        """The same beside a store."""
+        self._system.attach_store()
+        return self._streams("stored_stream", STORED_CONCURRENCIES)
+
+    def _streams(self, name: str, concurrencies: Sequence[int]) -> Figures:
         figures: Figures = {}
-        for count, num_runs in zip(CONCURRENCIES, (5, 3, 3, 2), strict=True):
+        for count, num_runs in zip(concurrencies, (5, 3, 3, 2), strict=False):
             self._system.generate(self.prompts(count, STREAM_PROMPT), 8, streamed=True)
             runs = [self._system.generate(self.prompts(count, STREAM_PROMPT), STREAM_TOKENS, streamed=True) for _ in range(num_runs)]
             ttfts = sorted(answer.ttft_ms for _, answers in runs for answer in answers)
             gaps = sorted(gap for _, answers in runs for answer in answers for gap in answer.gaps_ms)
             figures |= {
-                f"stream_{count}_ttft_p50_ms": ttfts[len(ttfts) // 2],
-                f"stream_{count}_gap_p50_ms": gaps[len(gaps) // 2],
-                f"stream_{count}_gap_p99_ms": gaps[int(len(gaps) * 0.99)],
-                f"stream_{count}_gap_max_ms": gaps[-1],
-                f"stream_{count}_tok_s": num_runs * count * STREAM_TOKENS / sum(seconds for seconds, _ in runs),
+                f"{name}_{count}_ttft_p50_ms": ttfts[len(ttfts) // 2],
+                f"{name}_{count}_gap_p50_ms": gaps[len(gaps) // 2],
+                f"{name}_{count}_gap_p99_ms": gaps[int(len(gaps) * 0.99)],
+                f"{name}_{count}_gap_max_ms": gaps[-1],
+                f"{name}_{count}_tok_s": num_runs * count * STREAM_TOKENS / sum(seconds for seconds, _ in runs),
             }
         return figures
+
+    def interrupted(self) -> Figures:
+        """Streams that run while long prompts come, one after the other."""
+        delays_s = (*[0.0] * RUNNING, *LONG_PROMPTS_S)
+        for _ in range(2):  # the first warms up
+            prompts = [*self.prompts(RUNNING, STREAM_PROMPT), *self.prompts(len(LONG_PROMPTS_S), SYSTEM_TOKENS)]
+            _, answers = self._system.generate(prompts, RUNNING_TOKENS, streamed=True, delays_s=delays_s)
+        gaps = sorted(gap for answer in answers[:RUNNING] for gap in answer.gaps_ms)
+        return {
+            "interrupted_gap_p50_ms": gaps[len(gaps) // 2],
+            "interrupted_gap_p99_ms": gaps[int(len(gaps) * 0.99)],
+            "interrupted_gap_max_ms": gaps[-1],
+            "interrupted_8k_ttft_p50_ms": statistics.median(answer.ttft_ms for answer in answers[RUNNING:]),
+        }
 
     def offload(self) -> Figures:
         """What a store costs decoding: blocks that fill up meanwhile are offered to it. Must run before anything else attaches it."""
@@ -185,5 +212,5 @@ class Workloads:
         self._system.settle()
 
 
-SERVING = ("decode", "long_decode", "prefill", "shared", "mix", "stream")
-STORING = ("offload", "restore")  # on an engine with a small pool and a store
+SERVING = ("decode", "long_decode", "prefill", "shared", "mix", "stream", "interrupted")
+STORING = ("offload", "restore", "stored_stream")  # on an engine with a small pool and a store

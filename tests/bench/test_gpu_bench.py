@@ -118,7 +118,10 @@ class FakeSystem:
         self.is_attached = False
         self.num_pushed = 0
 
-    def generate(self, prompts: Sequence[Prompt], num_tokens: int, *, streamed: bool = False) -> tuple[float, list[Answer]]:
+    def generate(
+        self, prompts: Sequence[Prompt], num_tokens: int, *, streamed: bool = False, delays_s: Sequence[float] = ()
+    ) -> tuple[float, list[Answer]]:
+        assert not delays_s or len(delays_s) == len(prompts)
         self.num_pushed += sum(len(prompt) == 32_000 for prompt in prompts)
         return 1e-3 * num_tokens, [Answer(0.0, [0.001 * (i + 1) for i in range(num_tokens)], 8192) for _ in prompts]
 
