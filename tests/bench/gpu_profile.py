@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the kernels of steps of one rank, by time, with made-up weights.
+"""Where the time of a step goes: what the host does before the device can begin, and the kernels by time. One rank, made-up weights.
 
 usage: python -m tests.bench.gpu_profile --shape dsv2lite [--decode ROWS ...] [--prefill TOKENS ...] [--behind TOKENS] [--top N]
 
@@ -16,7 +16,9 @@ import time
 from array import array
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -31,6 +33,45 @@ from workers.step import NewRow, SamplingSettings, StepPlan, StepRow
 NUM_TIMED, NUM_PROFILED = 20, 4
 NUM_WARM_UPS = 3
 NAME_CHARS = 100
+STAGES = {  # of a launch, in their order; forward and replay hold the plan of attention
+    "lay out": ("_batch", "apply"),
+    "plan attention": ("_backend", "begin"),
+    "plan captured attention": ("_backend", "begin_graph"),
+    "forward": ("", "_forward"),
+    "sample": ("", "_sample"),
+    "launch, in all": ("", "launch"),
+}
+
+
+class Stages:
+    """How long a runner's host is busy with what."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.is_on = False
+        self._times_s: dict[str, list[float]] = {}
+        for stage, (owner, name) in STAGES.items():
+            self._watch(getattr(runner, owner) if owner else runner, name, stage)
+
+    def _watch(self, owner: Any, name: str, stage: str) -> None:
+        method = getattr(owner, name)
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began_s = time.perf_counter()
+            try:
+                return method(*arguments, **options)
+            finally:
+                if self.is_on:
+                    self._times_s.setdefault(stage, []).append(time.perf_counter() - began_s)
+
+        setattr(owner, name, timed)
+
+    def clear(self) -> None:
+        self._times_s.clear()
+
+    def __str__(self) -> str:
+        """Medians, in milliseconds."""
+        found = ((stage, self._times_s[stage]) for stage in STAGES if stage in self._times_s)
+        return ", ".join(f"{stage} {1e3 * statistics.median(times_s):.2f}" for stage, times_s in found)
 
 
 class Steps:
@@ -38,6 +79,7 @@ class Steps:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        self.stages = Stages(runner)
         self._row_ids = itertools.count()
         self._vocab_size: int = runner.info_fields["vocab_size"]
 
@@ -66,28 +108,43 @@ class Steps:
         return [row.row_id for row in rows]
 
 
-def show(what: str, step: Callable[[], None], top: int) -> None:
-    """Times a step, then profiles it, and prints both."""
-    for _ in range(NUM_WARM_UPS):
-        step()
-    torch.cuda.synchronize()
-    times_s = [time.perf_counter()]
-    for _ in range(NUM_TIMED):
-        step()
-        torch.cuda.synchronize()
-        times_s.append(time.perf_counter())
-    steps_ms = sorted(1e3 * (end - start) for start, end in itertools.pairwise(times_s))
+class Step(NamedTuple):
+    """One step, made ready."""
+
+    run: Callable[[], None]
+    clean_up: Callable[[], None] = lambda: None
+
+
+def show(what: str, stages: Stages, new_step: Callable[[], Step], top: int) -> None:
+    """Times steps, then profiles some, and prints both."""
+
+    def run(count: int) -> list[float]:
+        """Milliseconds of each."""
+        times_ms = []
+        for _ in range(count):
+            step = new_step()
+            stages.is_on, began_s = True, time.perf_counter()
+            step.run()
+            torch.cuda.synchronize()
+            times_ms.append(1e3 * (time.perf_counter() - began_s))
+            stages.is_on = False
+            step.clean_up()
+        return times_ms
+
+    run(NUM_WARM_UPS)
+    stages.clear()
+    steps_ms = run(NUM_TIMED)
+    host = str(stages)
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(NUM_PROFILED):
-            step()
-        torch.cuda.synchronize()
+        run(NUM_PROFILED)
     times_ms: dict[str, float] = defaultdict(float)
     calls: dict[str, float] = defaultdict(float)
     for event in profiled.key_averages():
         times_ms[event.key] += event.self_device_time_total / 1e3 / NUM_PROFILED
         calls[event.key] += event.count / NUM_PROFILED
     print(
-        f"{what}: {statistics.median(steps_ms):.2f} ms a step, at most {steps_ms[-1]:.2f}, kernels {sum(times_ms.values()):.2f} ms",
+        f"{what}: {statistics.median(steps_ms):.2f} ms a step, at most {max(steps_ms):.2f}, kernels {sum(times_ms.values()):.2f} ms\n"
+        f"  host, ms: {host}",
         flush=True,
     )
     for name in sorted(times_ms, key=lambda name: -times_ms[name])[:top]:
@@ -112,17 +169,18 @@ def main() -> None:
     gc.freeze()  # as a rank does
     for count in arguments.decode:
         ids = steps.prefill(steps.rows(count, DECODE_CONTEXT, NUM_WARM_UPS + NUM_TIMED + NUM_PROFILED + 1))
-        show(f"decode of {count} rows", lambda ids=ids: steps.run([], dict.fromkeys(ids, 1), []), arguments.top)
+        decode = partial(steps.run, [], dict.fromkeys(ids, 1), [])
+        show(f"decode of {count} rows", steps.stages, partial(Step, decode), arguments.top)
         steps.run([], {}, ids)
     for length in arguments.prefill:
         behind = arguments.behind
 
-        def prompt(length: int = length, behind: int = behind) -> None:
+        def prompt(length: int = length, behind: int = behind) -> Step:
             [row] = steps.rows(1, behind + length, 1)
-            steps.run([row._replace(num_computed_tokens=behind)], {row.row_id: length}, [])
-            steps.run([], {}, [row.row_id])
+            rows_in, sizes = [row._replace(num_computed_tokens=behind)], {row.row_id: length}
+            return Step(partial(steps.run, rows_in, sizes, []), partial(steps.run, [], {}, [row.row_id]))
 
-        show(f"prompt of {length} tokens behind {behind}", prompt, arguments.top)
+        show(f"prompt of {length} tokens behind {behind}", steps.stages, prompt, arguments.top)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_a_prefix_crosses_nodes_and_a_node_that_dies_costs_seconds(
         assert second.token_ids == first.token_ids
         return bool(second.usage["cached_tokens_by_tier"]["peer"] >= NUM_SHARED - 16)
 
-    eventually(crosses, 20.0, "a prefix from the other node's store")
+    eventually(crosses, 90.0, "a prefix from the other node's store")  # a tier that was slow once is tried again after half a minute
     prompts = [[*shared, *rng.choices(range(2, 512), k=1 + number)] for number in range(8)]
     with ThreadPoolExecutor(len(prompts)) as executor:
 
