@@ -5,6 +5,7 @@ Needs no torch, so its processes start in a tenth of a second.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,7 +89,8 @@ class EchoRunner:
 
     is_asynchronous = False
 
-    def launch(self, plan: StepPlan) -> StepPlan:
+    def launch(self, plan: StepPlan, before_forward: Callable[[], None]) -> StepPlan:
+        before_forward()
         return plan
 
     def collect(self, plan: StepPlan) -> list[RowResult]:

@@ -91,9 +91,11 @@ class StepGraphs:
             logits = run()
         return graph, logits
 
-    def replay(self, attention: AttentionBatch, num_rows: int) -> torch.Tensor:
-        """Logits [rows, V] of a step that the batch has laid out for a graph; valid until the next replay."""
+    def replay(self, attention: AttentionBatch, num_rows: int, before: Callable[[], None]) -> torch.Tensor:
+        """Logits [rows, V] of a step that the batch has laid out for a graph; valid until the next replay. Calls `before` when all is ready
+        for it."""
         self._backend.begin_graph(attention)
+        before()
         graph, logits_BV = self._graphs[attention.num_rows, len(attention.pages), attention.captured_pages]
         graph.replay()
         return logits_BV[:num_rows]

@@ -124,14 +124,15 @@ class Runner:
         return self.collect(self.launch(plan))
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, before_forward: Callable[[], None] = lambda: None) -> LaunchedStep:
         """Rows out, rows in, one forward pass, sampling. Every rank samples the same tokens; only rank 0 fills in logprobs. Loads and saves
-        are the caller's. On CUDA it returns before the device is done."""
+        are the caller's. On CUDA it returns before the device is done. `before_forward` is called when all is ready for the pass."""
         row_ids = [row.row_id for row in plan.rows]
         step = self._batch.apply(plan)
         if step is None:
+            before_forward()
             return LaunchedStep(row_ids, [], torch.empty(0, dtype=torch.int64), None, {}, {})
-        logits_SV, prompt_logprobs = self._forward(step)
+        logits_SV, prompt_logprobs = self._forward(step, before_forward)
         tokens_S, logprobs = self._sample(step, logits_SV)
         event = None
         if self.is_asynchronous:  # also without a token: an answer means that the device is done with pages and staging memory
@@ -163,15 +164,16 @@ class Runner:
         """Frees pages and weights. The communicator belongs to the caller."""
         del self._model, self._backend, self._batch, self.pool
 
-    def _forward(self, step: StepInput) -> tuple[torch.Tensor, dict[int, Callable[[], Logprobs]]]:
+    def _forward(self, step: StepInput, before: Callable[[], None]) -> tuple[torch.Tensor, dict[int, Callable[[], Logprobs]]]:
         """Logits [S, V] of the rows that sample, and prompt logprobs."""
         if step.graph is not None:
             assert self._graphs
-            return self._graphs.replay(step.attention, len(step.sampled_slots)), {}
+            return self._graphs.replay(step.attention, len(step.sampled_slots), before), {}
         if len(step.started_pages) and self._backend.reads_behind_end:
             # A page's earlier tenant may have left NaN or infinity, which a masked weight of 0 would still spread.
             self.pool.tensor.index_fill_(0, step.started_pages, 0)
         self._backend.begin(step.attention)
+        before()
         hidden_TH = self._pieces.run(step.ids, step.positions, step.attention) if self._pieces is not None else None
         if hidden_TH is None:
             hidden_TH = self._model(step.ids, step.positions, self._backend)

@@ -82,6 +82,7 @@ class StepPlan(NamedTuple):
     rows: list[StepRow]
     loads: list[BlockCopy]
     saves: list[BlockCopy]
+    waits: bool = False  # the forward pass begins once all loads so far are answered, whose results come before the step's
 
 
 class RowResult(NamedTuple):

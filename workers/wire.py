@@ -139,7 +139,7 @@ def encode(message: Message) -> bytes:
     """One whole frame. ValueError when it is over MAX_FRAME_BYTES."""
     fields: tuple[Any, ...] = message
     if isinstance(message, StepPlan):
-        fields = (message.sequence, message.rows_out, message.rows_in, _columns(message.rows), message.loads, message.saves)
+        fields = (message.sequence, message.rows_out, message.rows_in, _columns(message.rows), message.loads, message.saves, message.waits)
     elif isinstance(message, StepResult):
         fields = (message.sequence, _columns(message.rows), message.forward_s)
     elif isinstance(message, Loaded):
@@ -193,7 +193,9 @@ def build_rows(cls: type[Row], columns: Sequence[Sequence[Any]]) -> list[Row]:
     return list(map(partial(tuple.__new__, cls), zip(*columns, strict=True)))
 
 
-def _build_plan(sequence: int, rows_out: list[int], rows_in: list[Any], rows: list[Any], loads: list[Any], saves: list[Any]) -> StepPlan:
+def _build_plan(
+    sequence: int, rows_out: list[int], rows_in: list[Any], rows: list[Any], loads: list[Any], saves: list[Any], waits: bool
+) -> StepPlan:
     return StepPlan(
         sequence,
         rows_out,
@@ -201,6 +203,7 @@ def _build_plan(sequence: int, rows_out: list[int], rows_in: list[Any], rows: li
         build_rows(StepRow, rows),
         list(map(BlockCopy._make, loads)),
         list(map(BlockCopy._make, saves)),
+        waits,
     )
 
 

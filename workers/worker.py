@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cache_store.processes import process_identity
@@ -64,6 +65,7 @@ CONNECT_TIMEOUT_S = 30.0
 WELCOME_TIMEOUT_S = 300.0  # the engine lets everybody in before it has time for anybody
 SEND_TIMEOUT_S = 60.0
 LAST_WORD_TIMEOUT_S = 1.0
+LOADS_TIMEOUT_S = 60.0
 MAX_ERROR_CHARS = 4000
 EXIT_GRACE_S = 5.0
 IDLE = "idle"
@@ -89,8 +91,8 @@ class RunnerLike(Protocol):
     pool: Any
     info_fields: dict[str, Any]  # of workers.step.GroupInfo, all but pids
 
-    def launch(self, plan: StepPlan) -> Any:
-        """Queues a step."""
+    def launch(self, plan: StepPlan, before_forward: Callable[[], None]) -> Any:
+        """Queues a step. Calls `before_forward` when all is ready for the forward pass."""
         ...
 
     def collect(self, launched: Any) -> list[RowResult]:
@@ -240,7 +242,7 @@ class Rank:
         self._sequence = plan.sequence
         copier.submit(plan.loads, [])  # they touch no page of this step, so they run beside it
         started_s = time.perf_counter()
-        launched = runner.launch(plan)
+        launched = runner.launch(plan, self._await_loads if plan.waits else _at_once)
 
         def answer() -> None:
             rows = runner.collect(launched)
@@ -253,6 +255,11 @@ class Rank:
         else:
             copier.submit([], plan.saves)
             answer()
+        self._send_copies()
+
+    def _await_loads(self) -> None:
+        """Their results are sent before the step's."""
+        self._loaded()[1].await_loads(LOADS_TIMEOUT_S)
         self._send_copies()
 
     def _send_copies(self) -> None:
@@ -293,6 +300,10 @@ class Rank:
 
     def _report_progress(self, phase: str, done: int, total: int) -> None:
         self._say(Progress(phase, done, total))
+
+
+def _at_once() -> None:
+    pass
 
 
 class EngineWatch:

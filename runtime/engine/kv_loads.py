@@ -62,6 +62,7 @@ class KvLoads:
         self.num_awaited = 0  # blocks that came from the store because a request waited for another replica
         self.jobs = LoadJobs(config, blocks, port, copy_ids, block_bytes, self.leases, self._read_ended)
         self._config, self._blocks, self._port, self._rates = config, blocks, port, rates
+        self._block_bytes = block_bytes
         self._waits: dict[LiveRequest, Wait] = {}
         self._lookups: dict[int, Wait] = {}
         self._next_expiry_s = math.inf
@@ -115,6 +116,8 @@ class KvLoads:
                     self._read(wait, scheduler, now_s)
                 else:
                     self._let_go(wait)
+            if wait and wait.phase is LoadPhase.LOADING and scheduler.is_alone(request):
+                self._go_ahead(wait, now_s)
 
     def answered(self, answer: StoreAnswer, now_s: float) -> bool:
         """Takes the store's answer to a question that was asked here."""
@@ -267,6 +270,12 @@ class KvLoads:
         if wait.begun_s == math.inf:
             self._start_clock(wait, now_s)
         return [] if blocks.is_announced(keys[num_hits]) else self.jobs.free(keys[num_hits:])
+
+    def _go_ahead(self, wait: Wait, now_s: float) -> None:
+        """Ends the wait of a request that nobody else runs or waits beside, when the ranks can make its step ready meanwhile."""
+        max_open = self._config.early_step_s * self._rates.copy_bytes_per_s / self._block_bytes
+        if not wait.is_behind and self.jobs.go_ahead(wait, max_open):
+            self._over(wait, now_s)
 
     def _read_ended(self, job: Job, now_s: float) -> None:
         assert job.wait

@@ -4,6 +4,9 @@ A job has its pages from the start and reads piece by piece, each acquired while
 `max_loading_blocks` are under way in all. Blocks are published, and held for the request, as their copies are answered: when the last one
 is, little is left to do.
 
+Where little is left to copy, a request may go on ahead: it gets all pages, and its step waits on the ranks for what is under way. Should
+a copy fail then, the results of that row are void, and the request starts again.
+
 A job outlives its request: its pages and its leases return only when every copy is answered. No two jobs read the same block.
 """
 
@@ -18,6 +21,7 @@ from cache_store.keys import BlockKey
 from runtime.engine.block_manager import BlockManager, Published
 from runtime.engine.config import EngineConfig
 from runtime.engine.leases import Leases
+from runtime.engine.live import LiveRequest, Phase
 from runtime.engine.load_state import Job, LoadPhase, Piece, Wait
 from runtime.engine.store_port import Acquire, StoreAnswer, StorePort
 from workers.step import BlockCopy, CopyResult
@@ -73,6 +77,21 @@ class LoadJobs:
             job.num_asked = min(len(keys), len(pinned.slots))
             self._acquired(job, pinned, now_s)
 
+    def go_ahead(self, wait: Wait, max_open: float) -> bool:
+        """Gives a request all pages of its job, if every copy has been sent and no more than `max_open` blocks are under way."""
+        request, job = wait.request, next((job for job in self._jobs if job.wait is wait), None)
+        if job is None or job.is_acquiring or job.is_cut or len(job.good) < len(job.keys) or not 0 < len(self._open) <= max_open:
+            return False
+        if job.first + len(job.keys) < wait.num_found or len(request.held_pages) != job.first + job.num_handed:
+            return False  # more is to be read, or others have needed the pages more
+        for position in range(job.num_handed, len(job.keys)):
+            self._blocks.pin(job.pages[position])  # the job holds it too, until the copy is answered
+            request.held_pages.append(job.pages[position])
+        for position in range(job.num_published, len(job.keys)):
+            self._note_tier(request, job, position)
+        job.wait, job.ahead, request.waits_for_loads = None, request, True
+        return True
+
     def forsake(self, wait: Wait) -> None:
         """The request goes on without what is being read for it."""
         for job in [job for job in self._jobs if job.wait is wait]:
@@ -107,6 +126,7 @@ class LoadJobs:
         if not result.ok:
             self.num_failed += 1
             job.is_cut = job.is_failed = True
+            self._take_back(job)
         elif position == job.num_published:
             self._publish(job)
         piece.num_open -= 1
@@ -199,12 +219,27 @@ class LoadJobs:
             job.num_published += 1
             if wait is None:
                 continue
-            if tier:
-                wait.request.load_tiers[depth] = tier
-                wait.request.bytes_loaded += self._block_bytes
+            self._note_tier(wait.request, job, position)
             if job.num_handed == position and len(wait.request.held_pages) == depth:  # else others have needed the pages more
                 wait.request.held_pages.append(job.pages[position])
                 job.num_handed += 1
+
+    def _note_tier(self, request: LiveRequest, job: Job, position: int) -> None:
+        if tier := job.tiers[position]:
+            request.load_tiers[job.first + position] = tier
+            request.bytes_loaded += self._block_bytes
+
+    def _take_back(self, job: Job) -> None:
+        """Of a request that went on ahead, and has no row yet, what is not known to be good; the results of its row are void."""
+        request, job.ahead = job.ahead, None
+        if request is None:
+            return
+        if request.phase is Phase.RUNNING:
+            request.has_bad_pages = True
+        elif request.phase is not Phase.FINISHED:
+            num_good = job.first + job.num_published
+            self._blocks.unpin(request.held_pages[num_good:])
+            del request.held_pages[num_good:]
 
     def _use_instead(self, job: Job, position: int, page: int) -> None:
         """A row has computed the block meanwhile, into `page`."""

@@ -40,7 +40,7 @@ class Wait:
 class Job:
     """Columns of one entry per block, but `good` and `tiers` only of those whose slots are known."""
 
-    wait: Wait | None  # None: the request went on without it
+    wait: Wait | None  # None: the request went on without it, or ahead of it
     first: int  # depth of the first block
     keys: list[BlockKey]
     parents: list[BlockKey]
@@ -51,6 +51,7 @@ class Job:
     num_handed: int = 0  # leading blocks whose page the request holds instead of the job
     num_open: int = 0  # pieces with copies without an answer
     num_asked: int = 0  # leading blocks whose slots were asked for
+    ahead: LiveRequest | None = None  # the request that went on ahead, with the pages of blocks that are still being copied
     is_acquiring: bool = False  # the answer is still to come
     is_cut: bool = False  # nothing behind `good` is read any more
     is_failed: bool = False  # the store has more of it, but could not bring it in time, had no room for it, or a copy did not deliver

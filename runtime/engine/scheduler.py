@@ -58,6 +58,7 @@ class _Step:
     admitted: list[LiveRequest] = field(default_factory=list)
     num_stalled: int = 0  # rows that wait for pages of rows that have just ended
     num_preempted: int = 0
+    waits: bool = False  # for loads
 
 
 class _Placement(enum.Enum):
@@ -110,6 +111,16 @@ class Scheduler:
         self._no_room = None
         request.phase = Phase.FINISHED
 
+    def is_alone(self, request: LiveRequest) -> bool:
+        """Whether no other request runs or waits."""
+        return not self.running and len(self.waiting) == 1 and self.waiting[0] is request
+
+    def start_again(self, request: LiveRequest) -> None:
+        """A row that has read pages which turned out bad, and has nothing in flight: its request is admitted anew."""
+        self.running.remove(request)
+        self._wait_first(request)
+        request.has_bad_pages = False
+
     def plan(self, loads: Sequence[BlockCopy] = (), saves: Sequence[BlockCopy] = ()) -> Launched | None:
         """The next step; None when it would neither compute nor copy anything."""
         step = _Step(self.sequence + 1, self._limits.max_num_batched_tokens)
@@ -121,7 +132,7 @@ class Scheduler:
         if not (step.rows or loads or saves):
             return None
         self.sequence = step.sequence
-        plan = StepPlan(step.sequence, self._rows_out, step.rows_in, step.rows, list(loads), list(saves))
+        plan = StepPlan(step.sequence, self._rows_out, step.rows_in, step.rows, list(loads), list(saves), step.waits)
         self._rows_out = []
         return Launched(plan, step.requests, step.admitted)
 
@@ -131,8 +142,8 @@ class Scheduler:
         running, sequence = self.running, step.sequence
         for request in running:  # preemption shortens the list at its end
             known, computed = request.num_known, request.num_computed
-            if known >= request.plan_limit:
-                continue  # all its tokens are launched
+            if known >= request.plan_limit or request.has_bad_pages:
+                continue  # all its tokens are launched, or none of them counts
             if computed < request.num_prompt or known - computed > 1:
                 prompts.append(request)
                 continue
@@ -236,6 +247,8 @@ class Scheduler:
             if placement is _Placement.PLACED:
                 step.rows_in.append(_new_row(request))
                 step.admitted.append(request)
+                step.waits |= request.waits_for_loads
+                request.waits_for_loads = False
                 self._plan_chunk(step, request, self._spend(step, request.num_known - request.num_computed))
         for request in step.admitted:
             self.waiting.remove(request)
@@ -252,7 +265,7 @@ class Scheduler:
         keys: list[BlockKey] = []
         if self._config.prefix_caching:
             keys = request.extend_keys(blocks.block_size)[: request.num_reusable_blocks(blocks.block_size)]
-        num_hits = blocks.match(keys)
+        num_hits = max(blocks.match(keys), len(request.held_pages))  # some of these may still be on their way
         if num_hits < len(keys) and blocks.is_announced(keys[num_hits]):
             request.waits_for = keys[num_hits]
             return _Placement.LATER
@@ -298,11 +311,14 @@ class Scheduler:
         """The latest arrival gives its pages up and waits at the head of the queue."""
         popped = self.running.pop()
         assert popped is victim
-        self._leave_batch(victim)
-        victim.phase = Phase.PREEMPTED
-        self.waiting.appendleft(victim)
-        self._waiting_tokens += victim.num_prompt
+        self._wait_first(victim)
         self.num_preemptions += 1
+
+    def _wait_first(self, request: LiveRequest) -> None:
+        self._leave_batch(request)
+        request.phase = Phase.PREEMPTED
+        self.waiting.appendleft(request)
+        self._waiting_tokens += request.num_prompt
 
     def drop_held_pages(self, behind: LiveRequest | None = None) -> bool:
         """Unpins what the last waiting request holds that is behind `behind` (None: any); it stays cached. False when there is none."""

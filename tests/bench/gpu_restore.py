@@ -53,7 +53,9 @@ class WatchedGroup:
 
     def submit(self, plan: StepPlan) -> None:
         num_tokens = sum(row.num_query_tokens for row in plan.rows)
-        self._timeline.note(f"plan {plan.sequence}: {num_tokens} tokens, {len(plan.loads)} loads, {len(plan.saves)} saves")
+        self._timeline.note(
+            f"plan {plan.sequence}: {num_tokens} tokens, {len(plan.loads)} loads, {len(plan.saves)} saves{', waits' if plan.waits else ''}"
+        )
         self._group.submit(plan)
         self._timeline.note("  sent")
 

@@ -101,6 +101,18 @@ def page_checksums(replica: Replica, keys: list[BlockKey]) -> list[bytes]:
     return [result.checksums for result in sorted(results)]
 
 
+def watch_plans(replica: Replica) -> list[StepPlan]:
+    """Those that are sent from now on."""
+    plans, submit = [], replica.group.submit
+
+    def watched(plan: StepPlan) -> None:
+        plans.append(plan)
+        submit(plan)
+
+    replica.group.submit = watched  # type: ignore[method-assign]
+    return plans
+
+
 @pytest.mark.parametrize("name", ["llama", "deepseek"])
 def test_what_tp_2_wrote_is_read_by_tp_1_and_tp_4(
     checkpoints: Any, pool: RankPool, start_store: Callable[..., StoreProcess], name: str
@@ -122,11 +134,14 @@ def test_what_tp_2_wrote_is_read_by_tp_1_and_tp_4(
         assert slot.checksums == struct.pack(f"<{layout.num_parts}Q", *(xxhash.xxh3_64_intdigest(part) for part in parts))
     assert len(set(written.contents)) == NUM_BLOCKS
 
-    for tp in (1, 4):
+    for tp, copy_rate in ((1, 0.0), (4, 0.0), (1, 1e12), (2, 1e12)):
         with Replica(pool, worker_config(folder, tp), store.address) as reader:
             assert reader.info.layout == layout
             assert keys_of(reader, PROMPT) == keys
+            reader.engine._rates.copy_bytes_per_s = copy_rate
+            plans = watch_plans(reader)
             answer = reader.ask(PROMPT, 4)
+            assert [plan.waits for plan in plans if plan.rows_in] == [copy_rate > 0], "its step goes ahead of copies that are quick"
             assert answer.cached.dram == answer.cached.total == NUM_BLOCKS * BLOCK_SIZE
             assert answer.token_ids == tokens
             reader.await_offers()

@@ -92,6 +92,7 @@ class _Row:
     pages: list[int]
     sampling: object
     chain: list[int]
+    is_void: bool  # some of its pages could not be loaded: it computes nonsense
 
 
 @dataclass
@@ -125,6 +126,8 @@ class SimulatedGroup:
         self._sequence = 0
         self._arena: Arena | None = None
         self._row_ids: set[int] = set()
+        self._bad_pages: set[int] = set()  # that the last load has left in pieces
+        self.num_ahead = self.num_void_rows = 0  # plans that came ahead of loads they wait for; rows of these that read bad pages
 
     @property
     def is_idle(self) -> bool:
@@ -140,12 +143,14 @@ class SimulatedGroup:
         self._launch(plan)
         self._launched.append(plan)
         for copy in plan.loads:
-            named = [sequence for sequence, touched in self._touched.items() if copy.page in touched]
+            own = plan.sequence if plan.waits else None
+            named = [sequence for sequence, touched in self._touched.items() if copy.page in touched and sequence != own]
             assert not named, f"page {copy.page} is loaded while launched steps {named} name it"
             assert not any(other.copy.page == copy.page for other in self._copies), f"page {copy.page} is being copied already"
         for copy in plan.saves:
             assert not any(other.copy.page == copy.page and other.is_load for other in self._copies)
         self._copies += [_Copy(plan.sequence, copy, True, self._arena) for copy in plan.loads]
+        self.num_ahead += plan.waits and any(copy.is_load for copy in self._copies)
         self._copies += [_Copy(plan.sequence, copy, False, self._arena) for copy in plan.saves]
 
     def _launch(self, plan: StepPlan) -> None:
@@ -169,6 +174,8 @@ class SimulatedGroup:
                     assert page not in named, f"page {page} is allocated again while step {sequence} names it"
         for row in plan.rows_in:
             first_own = row.num_computed_tokens // self.info.block_size
+            loading = {copy.page for copy in plan.loads} | {copy.copy.page for copy in self._copies if copy.is_load}
+            assert plan.waits or loading.isdisjoint(row.pages[:first_own]), f"row {row.row_id} would read pages that are being loaded"
             for page in row.pages[first_own:]:
                 assert page not in copied, f"page {page} is allocated while a copy uses it"
                 for sequence, named in self._touched.items():
@@ -208,7 +215,9 @@ class SimulatedGroup:
         """One thing that a group could do next."""
         next_sequence = self._launched[0].sequence if self._launched else self._sequence + 1
         ready = [copy for copy in self._copies if copy.is_load or copy.sequence < next_sequence]
-        if self._launched and (not ready or self._rng.random() < 0.6):
+        awaited = [copy for copy in self._copies if copy.is_load and copy.sequence <= next_sequence]
+        is_held = bool(awaited) and bool(self._launched) and self._launched[0].waits
+        if self._launched and not is_held and (not ready or self._rng.random() < 0.6):
             self._execute(self._launched.popleft())
         elif ready:
             copy = self._rng.choice(ready)
@@ -228,7 +237,11 @@ class SimulatedGroup:
             extend_chain(chain, tokens)
             assert 0 <= new.num_computed_tokens < len(tokens)
             assert new.num_computed_tokens % size == 0
-            self._rows[new.row_id] = _Row(tokens, new.num_prompt_tokens, new.num_computed_tokens, list(new.pages), new.sampling, chain)
+            is_void = plan.waits and not self._bad_pages.isdisjoint(new.pages[: new.num_computed_tokens // size])
+            self.num_void_rows += is_void
+            self._rows[new.row_id] = _Row(
+                tokens, new.num_prompt_tokens, new.num_computed_tokens, list(new.pages), new.sampling, chain, is_void
+            )
             for page in new.pages:
                 self._holders[page].add(new.row_id)
         results = []
@@ -247,19 +260,21 @@ class SimulatedGroup:
         assert end <= self.info.max_model_len, "a step past the context"
         assert 0 not in row.pages
         assert len(set(row.pages)) == len(row.pages)
-        self._check_reads(row_id, row)
+        if not row.is_void:
+            self._check_reads(row_id, row)
         copied = {copy.copy.page for copy in self._copies}
         for position in range(start, end):
             page = row.pages[position // size]
             assert self._holders[page] == {row_id}, f"row {row_id} writes page {page}, which {self._holders[page]} hold"
             assert page not in copied, f"row {row_id} writes page {page} while a copy uses it"
-            self._memory[page][position % size] = row.chain[position]
+            self._memory[page][position % size] = row.chain[position] if not row.is_void else None
+            self._bad_pages.discard(page)
         row.computed = end
         self.num_computed_tokens += count
         scored = self._score(row, start, end)
         if end < len(row.tokens):
             return RowResult(row_id, [], None, scored)
-        token = next_token(row.chain[-1])
+        token = next_token(row.chain[-1] + row.is_void)
         row.tokens.append(token)
         extend_chain(row.chain, [token])
         logprobs = [[(token, -1.0)]] if row.sampling.num_logprobs is not None else None
@@ -292,7 +307,8 @@ class SimulatedGroup:
 
     def _load(self, copy: _Copy) -> CopyResult:
         page = copy.copy.page
-        assert not self._holders[page] or not any(page in touched for touched in self._touched.values())
+        earlier = [touched for sequence, touched in self._touched.items() if sequence < copy.sequence]  # later ones wait for it
+        assert not self._holders[page] or not any(page in touched for touched in earlier)
         reason = self._fails(copy)
         if not reason:
             content = copy.arena.slots[copy.copy.offset].content
@@ -300,7 +316,9 @@ class SimulatedGroup:
                 reason = "checksum"
             else:
                 self._memory[page] = list(content)
+                self._bad_pages.discard(page)
         if reason:
+            self._bad_pages.add(page)
             self._memory[page] = [self._rng.getrandbits(60) for _ in range(self.info.block_size)]  # half a copy
         return CopyResult(copy.copy.copy_id, not reason, b"", reason)
 

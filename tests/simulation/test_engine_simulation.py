@@ -19,6 +19,7 @@ from runtime.engine.config import EngineConfig
 from runtime.engine.engine import Engine
 from runtime.engine.frames import Load, RequestOutput
 from runtime.engine.live import EngineRequest, RequestKey
+from runtime.engine.rates import ReplicaRates
 from workers.step import SamplingSettings
 
 TENANTS = ("", "blue")
@@ -126,7 +127,9 @@ class Run:
         )
         self.requests: dict[RequestKey, EngineRequest] = {}
         self.told: dict[RequestKey, Told] = {}
-        self.engine = Engine(config, self.group, self.store, self.hear, clock=self.clock)
+        rates = ReplicaRates()
+        rates.copy_bytes_per_s = rng.choice((0.0, 1e12))  # known: a lone request's step goes ahead of its copies
+        self.engine = Engine(config, self.group, self.store, self.hear, rates=rates, clock=self.clock)
         root = self.engine.hello().root
         assert root is not None
         if self.store:
@@ -292,16 +295,20 @@ SHAPES = {
     "prompts behind outputs": Shape(max_num_batched_tokens=40, max_prompt_tokens_beside_outputs=3, num_pages=24),
     "big blocks": Shape(block_size=8, num_pages=14),
     "blocks of one": Shape(block_size=1, num_pages=80),
+    "one at a time": Shape(arrivals=0.02, num_prefixes=3, num_pages=20, copy_failures=0.0),
+    "one at a time, failing copies": Shape(arrivals=0.02, num_prefixes=3, num_pages=20, copy_failures=0.3),
+    "few at a time, aborts, restarts": Shape(arrivals=0.03, aborts=0.03, restarts=0.01, num_prefixes=3, num_pages=20, copy_failures=0.2),
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_request_gets_its_own_tokens(name: str) -> None:
-    preemptions = hits = loads = delivered = 0
+    preemptions = hits = loads = delivered = ahead = void = 0
     for seed in range(NUM_SEEDS):
         run = Run(seed, SHAPES[name])
         run.run()
         preemptions += run.engine.stats().num_preemptions
+        ahead, void = ahead + run.group.num_ahead, void + run.group.num_void_rows
         delivered += run.store.num_delivered if run.store else 0
         hits += sum(sum(told.cached or ()) for told in run.told.values())
         loads += sum((told.cached or [0, 0])[1] for told in run.told.values())
@@ -309,6 +316,9 @@ def test_every_request_gets_its_own_tokens(name: str) -> None:
     assert (hits > 0) == shape.prefix_caching
     if shape.num_pages == 18:
         assert preemptions > 0, "the shape is there to preempt"
+    if name.startswith("one at a time"):
+        assert ahead > 10, "the shape is there for steps ahead of their loads"
+        assert (void > 0) == (shape.copy_failures > 0)
     if shape.elsewhere:
         assert delivered > 0, "the shape is there to wait for another replica"
     if shape.with_store and shape.prefix_caching and name != "failing copies":

@@ -316,6 +316,29 @@ def test_loads_do_not_wait_behind_saves_and_a_full_queue_says_busy(
     os.close(gate)
 
 
+def test_loads_can_be_waited_for(stored: tuple[Arena, np.ndarray], make_rank: type[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until their results are there, whatever saves do; in vain when they take too long or their thread has ended."""
+    arena, block = stored
+    rank = make_rank(GQA, 1, 0, arena, num_load_threads=2)
+    rank.copier.await_loads(0.0)
+    gate, judge = threading.Event(), PageCopier._judge
+
+    def held(copier: PageCopier, *arguments: object) -> list[CopyResult]:
+        assert gate.wait(20)
+        return judge(copier, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PageCopier, "_judge", held)
+    rank.copier.submit([arena.copy(copy_id, copy_id, 3, checksums_of(block, GQA)) for copy_id in range(1, 6)], [])
+    with pytest.raises(TimeoutError, match="have not ended within 0.05 s"):
+        rank.copier.await_loads(0.05)
+    threading.Timer(0.05, gate.set).start()
+    rank.copier.await_loads(20.0)
+    assert [result.ok for result in rank.copier.results()] == [True] * 5
+    rank.copier.submit([arena.copy(1, NUM_PAGES, 3, checksums_of(block, GQA))], [])  # there is no such page
+    with pytest.raises(RuntimeError, match="copying pages failed: IndexError"):
+        rank.copier.await_loads(20.0)
+
+
 def test_closing_with_copies_in_the_queue(stored: tuple[Arena, np.ndarray]) -> None:
     arena, block = stored
     num_mapped = num_mappings(arena.path)

@@ -72,23 +72,29 @@ class Driver:
         self.group.load(worker, lambda rank, phase, done, total: self.phases.add((rank, phase)), timeout_s=120)
         self._sequence = 0
 
-    def step(self, rows: list[StepRow], rows_in: tuple[NewRow, ...] = (), loads=(), saves=()) -> tuple[list[list[int]], list[CopyResult]]:
+    def step(
+        self, rows: list[StepRow], rows_in: tuple[NewRow, ...] = (), loads=(), saves=(), waits: bool = False
+    ) -> tuple[list[list[int]], list[CopyResult]]:
         """New tokens by row, and the results of the copies."""
         self._sequence += 1
-        self.group.submit(StepPlan(self._sequence, [], list(rows_in), rows, list(loads), list(saves)))
+        self.group.submit(StepPlan(self._sequence, [], list(rows_in), rows, list(loads), list(saves), waits))
         finished: list[StepResult | CopyResult] = []
         deadline_s = time.monotonic() + 60
         while len(finished) < 1 + len(loads) + len(saves):
             assert time.monotonic() < deadline_s
             finished += self.group.poll(1)
         (result,) = [one for one in finished if isinstance(one, StepResult)]
+        if waits:
+            assert finished[-1] is result, "the loads that a step has waited for are told first"
         return [row.token_ids for row in result.rows], sorted(one for one in finished if isinstance(one, CopyResult))
 
-    def decode(self, num_computed_tokens: int, num_new_tokens: int, row_id: int = 1) -> list[int]:
-        """Prefills the rest of PROMPT and decodes; positions before `num_computed_tokens` are in pages 1, 2, ... already."""
+    def decode(self, num_computed_tokens: int, num_new_tokens: int, row_id: int = 1, loads=()) -> list[int]:
+        """Prefills the rest of PROMPT and decodes; positions before `num_computed_tokens` are in pages 1, 2, ... already, or come there
+        with `loads`, which leave with the step."""
         pages = list(range(1, 2 + (len(PROMPT) + num_new_tokens) // BLOCK_SIZE))
         row = NewRow(row_id, array("I", PROMPT).tobytes(), len(PROMPT), num_computed_tokens, pages, SamplingSettings(temperature=0.0))
-        tokens = self.step([StepRow(row_id, len(PROMPT) - num_computed_tokens, 0, 0, [])], (row,))[0][0]
+        rest = [StepRow(row_id, len(PROMPT) - num_computed_tokens, 0, 0, [])]
+        tokens = self.step(rest, (row,), loads=loads, waits=bool(loads))[0][0]
         while len(tokens) < num_new_tokens:
             tokens += self.step([StepRow(row_id, 1, 0, 0, [])])[0][0]
         return tokens
@@ -146,6 +152,7 @@ def test_tokens_are_the_same_at_every_size_cold_and_from_the_arena(pool: RankPoo
             warm.group.attach_arena(arena)
             assert warm.step([], loads=copies(arena.slot_bytes, checksums))[1] == [CopyResult(index, True, b"") for index in range(3)]
             assert warm.decode(3 * BLOCK_SIZE, 10) == expected
+            assert warm.decode(3 * BLOCK_SIZE, 10, row_id=2, loads=copies(arena.slot_bytes, checksums)) == expected
             bad = [bytes([column[0] ^ 1]) + column[1:] for column in checksums]
             results = warm.step([], loads=copies(arena.slot_bytes, bad))[1]
             assert results == [CopyResult(index, False, b"", "checksum") for index in range(3)]

@@ -845,3 +845,93 @@ def test_what_was_offered_and_did_not_come(shortfall: MissReason, expected: str)
     bench.finish_copies()
     bench.plan()
     assert reasons(live) == {expected: 12, "partial_block": 2}
+
+
+def ahead(num_found: int = 4) -> tuple[LoadBench, LiveRequest]:
+    """A lone request whose step need not wait for the answers to its copies."""
+    bench = LoadBench()
+    bench.rates.copy_bytes_per_s = 1e9
+    live = bench.arrive()
+    bench.find(num_found, num_pinned=num_found)
+    assert len(bench.copies) == num_found
+    assert live.load_gate is LoadGate.OPEN
+    assert live.held_pages == [copy.page for copy in bench.copies]
+    return bench, live
+
+
+def test_a_lone_requests_step_goes_ahead_of_its_copies() -> None:
+    bench, live = ahead()
+    assert bench.plan() == {"a": 2}
+    assert bench.launched[0].plan.waits
+    assert live.cached is not None
+    assert (live.cached.dram, live.bytes_loaded) == (16, 400)
+    assert bench.blocks.match(live.keys) == 0, "nobody else may read them yet"
+    bench.finish_copies()
+    assert bench.blocks.match(live.keys) == 4
+    assert bench.plan() == {"a": 1}
+    assert not bench.launched[1].plan.waits
+    bench.apply(7)
+    assert list(live.tokens[18:]) == [7]
+    assert bench.released() == [4]
+    bench.scheduler.remove(live)
+    bench.blocks.confirm(2)
+    assert bench.blocks.num_used == 0
+    bench.settled()
+
+
+def test_where_a_copy_fails_the_row_that_went_ahead_counts_for_nothing() -> None:
+    bench, live = ahead()
+    bench.plan()
+    bench.finish_copies(2)
+    assert bench.plan() is None, "nothing more is asked of that row"
+    bench.apply(7)
+    assert list(live.tokens) == PROMPT
+    assert live.has_bad_pages
+    bench.scheduler.start_again(live)
+    assert bench.plan() == {"a": 10}, "two blocks were good"
+    assert not bench.launched[0].plan.waits
+    bench.apply(8)
+    assert list(live.tokens[18:]) == [8]
+    bench.scheduler.remove(live)
+    assert bench.blocks.num_used == 0
+    bench.settled()
+
+
+def test_where_a_copy_fails_before_the_row_is_there_its_pages_are_taken_back() -> None:
+    bench, live = ahead()
+    pages = list(live.held_pages)
+    bench.finish_copies(1)
+    assert live.held_pages == pages[:1]
+    assert not live.has_bad_pages
+    assert bench.plan() == {"a": 14}
+    bench.apply(7)
+    assert list(live.tokens[18:]) == [7]
+    bench.scheduler.remove(live)
+    assert bench.blocks.num_used == 0
+    bench.settled()
+
+
+def test_pages_of_a_request_that_ends_stay_until_their_copies_are_answered() -> None:
+    bench, live = ahead()
+    bench.plan()
+    bench.loads.ended(live)
+    bench.scheduler.remove(live)
+    bench.blocks.confirm(1)
+    assert bench.blocks.num_used == 4
+    bench.finish_copies()
+    assert bench.blocks.num_used == 0
+    bench.settled()
+
+
+def test_nobody_goes_ahead_beside_others_or_at_an_unknown_or_a_slow_rate() -> None:
+    for rate, others in ((0.0, 0), (1000.0, 0), (1e9, 1)):
+        bench = LoadBench()
+        bench.rates.copy_bytes_per_s = rate
+        for number in range(others):
+            bench.add(f"other {number}", 3)
+            bench.plan()
+        live = bench.arrive()
+        bench.find(4, num_pinned=4)
+        assert live.load_gate is LoadGate.WAIT, (rate, others)
+        bench.finish_copies()
+        assert live.load_gate is LoadGate.OPEN

@@ -9,7 +9,7 @@ from engine_parts import BLOCK_SIZE, Bench
 
 from runtime.engine.config import EngineConfig, StepLimits
 from runtime.engine.live import LoadGate, Phase
-from workers.step import NULL_PAGE, BlockCopy, SamplingSettings
+from workers.step import NULL_PAGE, BlockCopy, SamplingSettings, StepPlan
 
 
 def test_a_prompt_is_computed_in_chunks_and_then_token_by_token() -> None:
@@ -300,7 +300,7 @@ def test_an_empty_plan_goes_out_only_for_copies() -> None:
     copy = BlockCopy(1, 1, 0, 0, 0.0, b"")
     launched = bench.scheduler.plan(saves=[copy])
     assert launched is not None
-    assert launched.plan == (1, [], [], [], [], [copy])
+    assert launched.plan == StepPlan(1, [], [], [], [], [copy])
 
 
 # Preemption
