@@ -21,11 +21,11 @@ class ReplicaRates:
         self._copied_bytes = 0
 
     def step_done(self, plan: StepPlan, launched_s: float, now_s: float) -> None:
-        """It ran from its launch, or from the end of the step before it."""
+        """It ran from its launch, or from the end of the step before it; one that waited for loads tells nothing."""
         begun_s = max(launched_s, self._last_end_s)
         self._last_end_s = now_s
         num_prompt_tokens = sum(row.num_query_tokens for row in plan.rows if row.num_query_tokens > 1)
-        if num_prompt_tokens >= max(MIN_TOKENS, 4 * len(plan.rows)) and now_s > begun_s:
+        if num_prompt_tokens >= max(MIN_TOKENS, 4 * len(plan.rows)) and now_s > begun_s and not plan.waits:
             self.tokens_per_s = _moved(self.tokens_per_s, num_prompt_tokens / (now_s - begun_s))
 
     def copies_sent(self, num_copies: int, now_s: float) -> None:

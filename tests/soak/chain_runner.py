@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,8 @@ class ChainRunner:
 
     is_asynchronous = False
 
-    def launch(self, plan: StepPlan) -> StepPlan:
+    def launch(self, plan: StepPlan, before_forward: Callable[[], None]) -> StepPlan:
+        before_forward()
         return plan
 
     def collect(self, plan: StepPlan) -> list[RowResult]:

@@ -29,6 +29,7 @@ def test_a_step_launched_early_runs_from_the_end_of_the_one_before() -> None:
     rate.step_done(plan(1000), 0.5, 6.0)
     assert rate.tokens_per_s == pytest.approx(1000)
     rate.step_done(plan(1000), 0.6, 6.0)  # no time between: nothing to learn
+    rate.step_done(plan(1000)._replace(waits=True), 6.0, 9.0)  # some of it was spent on loads
     assert rate.tokens_per_s == pytest.approx(1000)
 
 
