@@ -73,7 +73,8 @@ class BlockCopy(NamedTuple):
 class StepPlan(NamedTuple):
     """Applied in the order of the fields: rows out, rows in, the forward pass over `rows`; then saves and loads are queued.
 
-    Loads may start at once: the engine names only pages that no launched step touches. Saves read pages written by earlier steps.
+    Loads may start at once: the engine names only pages that no earlier step touches, nor this or a later one unless it waits. Saves read
+    pages written by earlier steps.
     """
 
     sequence: int  # 1, 2, 3, ...

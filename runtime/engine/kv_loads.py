@@ -15,7 +15,8 @@ Single flight: the lookup also claims the blocks that the store lacks. Where ano
 looks again and again until the block is stored, the claim has ended (that replica died or gave up), or the time is up. Requests wait for
 claims on blocks nearer to the root only, so that no two can wait for each other.
 
-The lookup also acquires a job's first blocks. When a wait is over the request is admissible, with whatever prefix the pages hold by then:
+The lookup also acquires a job's first blocks. A request that nobody runs or waits beside may go on ahead of its last copies, see
+`load_jobs`. When a wait is over the request is admissible, with whatever prefix the pages hold by then:
 a store that fails is a miss. Whoever needs a block that is being read for another, or computed by a running row, stays in FOUND until it is
 there.
 """
