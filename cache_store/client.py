@@ -7,8 +7,9 @@ has ended the session); then a new `attach` is the way on. ArenaTooSmall, Layout
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -305,21 +306,24 @@ class StoreClient:
     async def _ask(self, kind: str, request: Any) -> Any:
         """The reply to one of the calls that share a stream; `kind` names it."""
         try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = await self._calls.ask(kind, request)
+            with self._translating():
+                async with asyncio.timeout(self._timeout_s):
+                    answer = await self._calls.ask(kind, request)
         except TimeoutError as error:
             raise StoreUnavailable(f"{self.address}: no answer to {kind} within {self._timeout_s:g} s") from error
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error, self.address) from error
-        except grpc.aio.UsageError as error:
-            raise StoreUnavailable(f"{self.address}: the client is closed") from error
         if answer.HasField("refusal"):
             raise _refused(answer.refusal.error, answer.refusal.details, self.address)
         return getattr(answer, kind)
 
     async def _call(self, method: Callable[..., Awaitable[Reply]], request: Request) -> Reply:
-        try:
+        with self._translating():
             return await method(request, timeout=self._timeout_s, metadata=self._metadata)
+
+    @contextlib.contextmanager
+    def _translating(self) -> Iterator[None]:
+        """gRPC's errors become those of this module."""
+        try:
+            yield
         except grpc.aio.AioRpcError as error:
             raise _translated(error, self.address) from error
         except grpc.aio.UsageError as error:

@@ -191,8 +191,7 @@ class Batch:
         pages = self._block_table[np.repeat(slots, num_queries), blocks]
         sampled = np.flatnonzero(after == self._num_known[slots])
         scores = self._prompt_scores(slots, order, before, after, starts)
-        num_pages = int(((after - 1) // self.block_size + 1).sum())
-        graph = None if scores else self._graph_for(len(slots), num_decode, len(positions), num_pages, len(sampled))
+        graph = None if scores else self._graph_for(len(slots), num_decode, len(positions), int(after.sum()), len(sampled))
         lay_out = self._lay_out_graph if graph is not None else self._lay_out_eager
         step = StepInput(
             **lay_out(graph, slots, num_decode, before, after, starts, positions, pages, offsets, sampled),
@@ -212,15 +211,15 @@ class Batch:
             last = np.array([self._known_tokens[slot][-1] for slot in slots], np.int64)
             self.last_tokens[to_device(slots, self._device)] = to_device(last, self._device)
 
-    def _graph_for(self, num_rows: int, num_decode: int, num_tokens: int, num_pages: int, num_sampled: int) -> GraphInputs | None:
-        """The smallest captured one that holds the step."""
+    def _graph_for(self, num_rows: int, num_decode: int, num_tokens: int, num_keys: int, num_sampled: int) -> GraphInputs | None:
+        """The smallest captured one that holds the step. Those of decode rows have pages for any number of keys."""
         if num_decode == num_rows:
             graphs = self.decode_graphs
         elif num_rows == num_sampled == 1:
             graphs = self.prompt_graphs
         else:
             return None
-        return next((graph for graph in graphs if graph.num_tokens >= num_tokens and graph.max_pages >= num_pages), None)
+        return next((each for each in graphs if each.num_tokens >= num_tokens and each.max_pages * self.block_size >= num_keys), None)
 
     def _lay_out_eager(
         self, _graph: None, slots: np.ndarray, num_decode: int, before: np.ndarray, after: np.ndarray, starts: np.ndarray,

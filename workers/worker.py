@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import select
-import socket
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from cache_store.processes import process_identity
 from workers.answers import AnswerThread
 from workers.config import WorkerConfig
 from workers.connection import Connection, Disconnected, connect
+from workers.engine_watch import EngineWatch
 from workers.errors import GroupFailed
 from workers.step import ArenaSpec, RowResult, StepPlan, StepResult
 from workers.wire import (
@@ -240,9 +240,15 @@ class Rank:
         if plan.sequence != self._sequence + 1:
             raise ValueError(f"plan {plan.sequence} came where {self._sequence + 1} is next")
         self._sequence = plan.sequence
-        copier.submit(plan.loads, [])  # they touch no page of this step, so they run beside it
+        copier.submit(plan.loads, [])  # they touch no page of this step, so they run beside it, unless it waits
         started_s = time.perf_counter()
-        launched = runner.launch(plan, self._await_loads if plan.waits else _at_once)
+
+        def before_forward() -> None:
+            if plan.waits:
+                copier.await_loads(LOADS_TIMEOUT_S)
+                self._send_copies()
+
+        launched = runner.launch(plan, before_forward)
 
         def answer() -> None:
             rows = runner.collect(launched)
@@ -255,11 +261,6 @@ class Rank:
         else:
             copier.submit([], plan.saves)
             answer()
-        self._send_copies()
-
-    def _await_loads(self) -> None:
-        """Their results are sent before the step's."""
-        self._loaded()[1].await_loads(LOADS_TIMEOUT_S)
         self._send_copies()
 
     def _send_copies(self) -> None:
@@ -300,38 +301,6 @@ class Rank:
 
     def _report_progress(self, phase: str, done: int, total: int) -> None:
         self._say(Progress(phase, done, total))
-
-
-def _at_once() -> None:
-    pass
-
-
-class EngineWatch:
-    """Ends this process when the engine has gone and the main thread does not notice, since it is inside a forward pass or a load."""
-
-    def __init__(self, sock: socket.socket, grace_s: float) -> None:
-        self._grace_s = grace_s
-        self._stop = threading.Event()
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
-        self._poller = select.poll()
-        self._poller.register(sock, select.POLLRDHUP)
-        self._poller.register(self._stop_fd, select.POLLIN)
-        self._thread = threading.Thread(target=self._run, name="engine-watch", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        self._poller.poll()
-        if not self._stop.wait(self._grace_s):
-            log.error("the engine has gone and this rank has not come back within %g s: ending the process", self._grace_s)
-            logging.shutdown()
-            os._exit(1)
-
-    def close(self) -> None:
-        """To be called before the socket is closed."""
-        self._stop.set()
-        os.eventfd_write(self._stop_fd, 1)
-        self._thread.join()
-        os.close(self._stop_fd)
 
 
 def preload() -> threading.Thread:

@@ -251,9 +251,6 @@ class Engine:
         self._num_steps += 1
         for request in self.outputs.apply(launched, answer, now_s):
             self._forget(request)
-        for request in launched.requests:
-            if request.has_bad_pages and not request.num_in_flight and request.phase is Phase.RUNNING:
-                self.scheduler.start_again(request)
 
     def _tell(self) -> None:
         """Hands outputs to the sink, and the new load to everybody."""

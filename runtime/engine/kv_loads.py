@@ -16,9 +16,8 @@ looks again and again until the block is stored, the claim has ended (that repli
 claims on blocks nearer to the root only, so that no two can wait for each other.
 
 The lookup also acquires a job's first blocks. A request that nobody runs or waits beside may go on ahead of its last copies, see
-`load_jobs`. When a wait is over the request is admissible, with whatever prefix the pages hold by then:
-a store that fails is a miss. Whoever needs a block that is being read for another, or computed by a running row, stays in FOUND until it is
-there.
+`load_jobs`. When a wait is over the request is admissible, with whatever prefix the pages hold by then: a store that fails is a miss.
+Whoever needs a block that is being read for another, or computed by a running row, stays in FOUND until it is there.
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ class KvLoads:
         self.num_awaited = 0  # blocks that came from the store because a request waited for another replica
         self.jobs = LoadJobs(config, blocks, port, copy_ids, block_bytes, self.leases, self._read_ended)
         self._config, self._blocks, self._port, self._rates = config, blocks, port, rates
-        self._block_bytes = block_bytes
         self._waits: dict[LiveRequest, Wait] = {}
         self._lookups: dict[int, Wait] = {}
         self._next_expiry_s = math.inf
@@ -99,6 +97,9 @@ class KvLoads:
 
     def advance(self, scheduler: Scheduler, now_s: float) -> None:
         """Does what can be done now: lookups, reads for those who could be admitted next, deadlines, releases."""
+        for request in self.jobs.take_void():
+            if request.phase is Phase.RUNNING:
+                scheduler.start_again(request)
         if self._waits:
             self._serve(scheduler, now_s)
         self.leases.flush()
@@ -274,8 +275,7 @@ class KvLoads:
 
     def _go_ahead(self, wait: Wait, now_s: float) -> None:
         """Ends the wait of a request that nobody else runs or waits beside, when the ranks can make its step ready meanwhile."""
-        max_open = self._config.early_step_s * self._rates.copy_bytes_per_s / self._block_bytes
-        if not wait.is_behind and self.jobs.go_ahead(wait, max_open):
+        if not wait.is_behind and self.jobs.go_ahead(wait, self._config.early_step_s * self._rates.copy_bytes_per_s):
             self._over(wait, now_s)
 
     def _read_ended(self, job: Job, now_s: float) -> None:

@@ -84,7 +84,6 @@ class LiveRequest:
         "cached",
         "decode_row",
         "first_output_sent",
-        "has_bad_pages",
         "held_pages",
         "keys",
         "last_step",
@@ -99,6 +98,7 @@ class LiveRequest:
         "num_prompt",
         "num_prompt_scored",
         "num_published",
+        "num_void",
         "pages",
         "phase",
         "pin",
@@ -112,7 +112,6 @@ class LiveRequest:
         "store_wait_s",
         "tokens",
         "waits_for",
-        "waits_for_loads",
     )
 
     def __init__(
@@ -147,8 +146,7 @@ class LiveRequest:
         self.num_published = 0  # leading blocks offered to the index; outputs (the scheduler at admission)
         self.num_prompt_scored = 0  # prompt positions whose logprobs, where asked for, are delivered; outputs
         self.first_output_sent = False  # outputs
-        self.waits_for_loads = False  # it holds pages that are still being loaded; loads, the scheduler once it has its row
-        self.has_bad_pages = False  # and one of them could not be: results of its row are void; loads, the scheduler
+        self.num_void = 0  # of its next results, how many count for nothing: they come of pages that could not be loaded; loads, outputs
 
         self.load_gate = LoadGate.OPEN  # kv_loads
         self.load_tiers: dict[int, str] = {}  # block index -> tier it was loaded from; kv_loads

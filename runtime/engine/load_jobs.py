@@ -52,6 +52,7 @@ class LoadJobs:
         self._open: dict[int, tuple[Piece, int]] = {}  # copy -> its piece and position in the job
         self._jobs: set[Job] = set()
         self._loading: set[BlockKey] = set()  # by these
+        self._void: list[LiveRequest] = []
         self._starved: dict[Job, None] = {}  # jobs that would acquire more, were fewer blocks under way; in their order
 
     @property
@@ -77,10 +78,12 @@ class LoadJobs:
             job.num_asked = min(len(keys), len(pinned.slots))
             self._acquired(job, pinned, now_s)
 
-    def go_ahead(self, wait: Wait, max_open: float) -> bool:
-        """Gives a request all pages of its job, if every copy has been sent and no more than `max_open` blocks are under way."""
+    def go_ahead(self, wait: Wait, max_bytes: float) -> bool:
+        """Gives a request all pages of its job, if every copy has been sent and no more than `max_bytes` are under way."""
         request, job = wait.request, next((job for job in self._jobs if job.wait is wait), None)
-        if job is None or job.is_acquiring or job.is_cut or len(job.good) < len(job.keys) or not 0 < len(self._open) <= max_open:
+        if job is None or job.is_acquiring or job.is_cut or len(job.good) < len(job.keys):
+            return False
+        if not 0 < len(self._open) * self._block_bytes <= max_bytes:
             return False
         if job.first + len(job.keys) < wait.num_found or len(request.held_pages) != job.first + job.num_handed:
             return False  # more is to be read, or others have needed the pages more
@@ -89,8 +92,13 @@ class LoadJobs:
             request.held_pages.append(job.pages[position])
         for position in range(job.num_published, len(job.keys)):
             self._note_tier(request, job, position)
-        job.wait, job.ahead, request.waits_for_loads = None, request, True
+        job.wait, job.ahead = None, request
         return True
+
+    def take_void(self) -> list[LiveRequest]:
+        """Requests whose rows have read pages that turned out bad."""
+        void, self._void = self._void, []
+        return void
 
     def forsake(self, wait: Wait) -> None:
         """The request goes on without what is being read for it."""
@@ -230,16 +238,17 @@ class LoadJobs:
             request.bytes_loaded += self._block_bytes
 
     def _take_back(self, job: Job) -> None:
-        """Of a request that went on ahead, and has no row yet, what is not known to be good; the results of its row are void."""
+        """From a request that went on ahead. What its row has in flight counts for nothing; where it has no row yet, it keeps the pages
+        that are known to be good."""
         request, job.ahead = job.ahead, None
         if request is None:
             return
+        request.num_void = request.num_in_flight
         if request.phase is Phase.RUNNING:
-            request.has_bad_pages = True
-        elif request.phase is not Phase.FINISHED:
-            num_good = job.first + job.num_published
-            self._blocks.unpin(request.held_pages[num_good:])
-            del request.held_pages[num_good:]
+            self._void.append(request)
+        num_good = job.first + job.num_published
+        self._blocks.unpin(request.held_pages[num_good:])
+        del request.held_pages[num_good:]
 
     def _use_instead(self, job: Job, position: int, page: int) -> None:
         """A row has computed the block meanwhile, into `page`."""

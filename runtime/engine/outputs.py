@@ -32,8 +32,11 @@ class Outputs:
         for request, step_row, row in zip(launched.requests, launched.plan.rows, result.rows, strict=True):
             request.num_in_flight -= 1
             phase = request.phase
-            if phase is Phase.FINISHED or request.has_bad_pages:
-                continue  # launched before its end was known, or before it was known what it read
+            if request.num_void:
+                request.num_void -= 1
+                continue
+            if phase is Phase.FINISHED:
+                continue  # launched before its end was known
             request.num_confirmed += step_row[1]
             reason = None
             tokens: list[int] = row.token_ids

@@ -116,10 +116,9 @@ class Scheduler:
         return not self.running and len(self.waiting) == 1 and self.waiting[0] is request
 
     def start_again(self, request: LiveRequest) -> None:
-        """A row that has read pages which turned out bad, and has nothing in flight: its request is admitted anew."""
+        """Takes a running request out of the batch, to be admitted anew once nothing of it is in flight."""
         self.running.remove(request)
         self._wait_first(request)
-        request.has_bad_pages = False
 
     def plan(self, loads: Sequence[BlockCopy] = (), saves: Sequence[BlockCopy] = ()) -> Launched | None:
         """The next step; None when it would neither compute nor copy anything."""
@@ -142,8 +141,8 @@ class Scheduler:
         running, sequence = self.running, step.sequence
         for request in running:  # preemption shortens the list at its end
             known, computed = request.num_known, request.num_computed
-            if known >= request.plan_limit or request.has_bad_pages:
-                continue  # all its tokens are launched, or none of them counts
+            if known >= request.plan_limit:
+                continue  # all its tokens are launched
             if computed < request.num_prompt or known - computed > 1:
                 prompts.append(request)
                 continue
@@ -241,20 +240,18 @@ class Scheduler:
                 break
             if request.load_gate is LoadGate.WAIT:
                 continue
-            placement = self._place(request)
+            placement = self._place(request, step)
             if placement is _Placement.NO_ROOM:
                 break
             if placement is _Placement.PLACED:
                 step.rows_in.append(_new_row(request))
                 step.admitted.append(request)
-                step.waits |= request.waits_for_loads
-                request.waits_for_loads = False
                 self._plan_chunk(step, request, self._spend(step, request.num_known - request.num_computed))
         for request in step.admitted:
             self.waiting.remove(request)
             self._waiting_tokens -= request.num_prompt
 
-    def _place(self, request: LiveRequest) -> _Placement:
+    def _place(self, request: LiveRequest, step: _Step) -> _Placement:
         """Gives a request its pages and a row: published ones where its prefix matches, new ones for all other known tokens."""
         blocks = self._blocks
         if request.waits_for is not None and blocks.is_announced(request.waits_for):
@@ -265,19 +262,21 @@ class Scheduler:
         keys: list[BlockKey] = []
         if self._config.prefix_caching:
             keys = request.extend_keys(blocks.block_size)[: request.num_reusable_blocks(blocks.block_size)]
-        num_hits = max(blocks.match(keys), len(request.held_pages))  # some of these may still be on their way
+        num_hits, num_held = blocks.match(keys), len(request.held_pages)
+        is_ahead = num_held > num_hits  # what it holds and nobody finds is still on its way
+        num_hits = max(num_hits, num_held)
         if num_hits < len(keys) and blocks.is_announced(keys[num_hits]):
             request.waits_for = keys[num_hits]
             return _Placement.LATER
         num_new = -(-len(request.tokens) // blocks.block_size) - num_hits
         reserve = len(self.running)  # so that an admission does not preempt those who run at their next page
-        num_held = len(request.held_pages)
         while blocks.num_available - blocks.num_idle(keys[num_held:num_hits]) < num_new + reserve:
             if not self.drop_held_pages(behind=request):
                 self._no_room = (request, blocks.num_changes)
                 return _Placement.NO_ROOM
         pages = request.held_pages + blocks.pin_published(keys[num_held:num_hits]) + blocks.allocate(num_new)
         self._enter_batch(request, pages, num_hits)
+        step.waits |= is_ahead
         return _Placement.PLACED
 
     def _enter_batch(self, request: LiveRequest, pages: list[int], num_hits: int) -> None:

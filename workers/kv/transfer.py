@@ -182,8 +182,6 @@ class PageCopier:
         self._memory: HostMemory | None = CudaHostMemory(pool.tensor.device) if self._on_cuda else None
         self._mapping: ArenaMapping | None = None
         self._done: deque[CopyResult] = deque()
-        self._loading = threading.Condition()  # protects the count
-        self._num_loading = 0  # batches of loads that are not reported yet
         self._failure: Exception | None = None
         self._closing = False
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -233,25 +231,18 @@ class PageCopier:
                     copies[start : start + size], self._mapping.use() if self._mapping else None, event if lane.is_save else None
                 )
                 try:
-                    self._count(lane, 1)
                     lane.batches.put_nowait(batch)
                 except queue.Full:
-                    self._count(lane, -1)
                     self._report([_failed(copy, "busy") for copy in batch.copies])
                     _let_go(batch)
 
     def await_loads(self, timeout_s: float) -> None:
         """Returns when `results` has every load that was submitted. TimeoutError; RuntimeError when a copy thread has ended."""
-        with self._loading:
-            if not self._loading.wait_for(lambda: not self._num_loading or self._failure is not None, timeout_s):
-                raise TimeoutError(f"{self._num_loading} batches of loads have not ended within {timeout_s:g} s")
+        batches = self._loads.batches
+        with batches.all_tasks_done:
+            if not batches.all_tasks_done.wait_for(lambda: not batches.unfinished_tasks or self._failure is not None, timeout_s):
+                raise TimeoutError(f"{batches.unfinished_tasks} batches of loads have not ended within {timeout_s:g} s")
         self._check()
-
-    def _count(self, lane: _Lane, change: int) -> None:
-        if not lane.is_save:
-            with self._loading:
-                self._num_loading += change
-                self._loading.notify_all()
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -310,7 +301,7 @@ class PageCopier:
                 finally:
                     _let_go(batch)
                 self._report(results)
-                self._count(lane, -1)
+                lane.batches.task_done()
             if batch is not None:
                 _let_go(batch)
             else:
@@ -319,7 +310,8 @@ class PageCopier:
             log.exception("a copy thread has ended")
             self._failure = error
             self._report([])
-            self._count(lane, 0)
+            with lane.batches.all_tasks_done:
+                lane.batches.all_tasks_done.notify_all()
 
     def _run(self, batch: _Batch, mover: Mover, lane: _Lane) -> list[CopyResult]:
         if batch.event is not None:

@@ -873,10 +873,8 @@ def test_a_lone_requests_step_goes_ahead_of_its_copies() -> None:
     bench.apply(7)
     assert list(live.tokens[18:]) == [7]
     assert bench.released() == [4]
-    bench.scheduler.remove(live)
     bench.blocks.confirm(2)
-    assert bench.blocks.num_used == 0
-    bench.settled()
+    ended(bench, live)
 
 
 def test_where_a_copy_fails_the_row_that_went_ahead_counts_for_nothing() -> None:
@@ -885,13 +883,30 @@ def test_where_a_copy_fails_the_row_that_went_ahead_counts_for_nothing() -> None
     bench.finish_copies(2)
     assert bench.plan() is None, "nothing more is asked of that row"
     bench.apply(7)
+    starts_again(bench, live)
+
+
+def test_so_it_is_with_what_is_in_flight_of_a_row_that_has_been_preempted() -> None:
+    bench, live = ahead()
+    bench.plan()
+    bench.scheduler._preempt(live)
+    bench.finish_copies(2)
+    bench.apply(7)
+    starts_again(bench, live)
+
+
+def starts_again(bench: LoadBench, live: LiveRequest) -> None:
+    """With the blocks before the third one, whose copy has failed."""
     assert list(live.tokens) == PROMPT
-    assert live.has_bad_pages
-    bench.scheduler.start_again(live)
-    assert bench.plan() == {"a": 10}, "two blocks were good"
+    assert bench.plan() == {"a": 10}
     assert not bench.launched[0].plan.waits
     bench.apply(8)
     assert list(live.tokens[18:]) == [8]
+    ended(bench, live)
+
+
+def ended(bench: LoadBench, live: LiveRequest) -> None:
+    """With nothing left of it."""
     bench.scheduler.remove(live)
     assert bench.blocks.num_used == 0
     bench.settled()
@@ -902,13 +917,11 @@ def test_where_a_copy_fails_before_the_row_is_there_its_pages_are_taken_back() -
     pages = list(live.held_pages)
     bench.finish_copies(1)
     assert live.held_pages == pages[:1]
-    assert not live.has_bad_pages
     assert bench.plan() == {"a": 14}
+    assert not bench.launched[0].plan.waits
     bench.apply(7)
     assert list(live.tokens[18:]) == [7]
-    bench.scheduler.remove(live)
-    assert bench.blocks.num_used == 0
-    bench.settled()
+    ended(bench, live)
 
 
 def test_pages_of_a_request_that_ends_stay_until_their_copies_are_answered() -> None:

@@ -183,12 +183,16 @@ async def test_a_request_goes_on_with_its_output_where_its_replica_dies(two: tup
     assert router.reserved() == {"r0": (0, 0), "r1": (0, 0)}
 
 
+async def comes_with_other_weights(router: Router, engine: FakeEngine) -> None:
+    await engine.stop()
+    engine.hello = engine.hello._replace(weights_digest=b"other weights...")
+    await engine.start(engine.port)
+    await eventually(lambda: [hello.weights_digest for _, hello in router._ready()] == [b"w" * 16, b"other weights..."])
+
+
 async def test_a_request_that_has_begun_goes_on_with_the_same_weights_only(two: tuple[Router, FakeEngine, FakeEngine]) -> None:
     router, first, second = two
-    await second.stop()
-    second.hello = second.hello._replace(weights_digest=b"other weights...")
-    await second.start(second.port)
-    await eventually(lambda: len(router._ready()) == 2)
+    await comes_with_other_weights(router, second)
     with pytest.raises(ReplicaLost):
         await read_and_break(router, a_request(max_tokens=30), first)
     assert second.submitted == []
@@ -196,17 +200,17 @@ async def test_a_request_that_has_begun_goes_on_with_the_same_weights_only(two: 
 
 async def test_a_request_of_which_no_token_has_come_goes_on_with_any_weights(two: tuple[Router, FakeEngine, FakeEngine]) -> None:
     router, first, second = two
-    await second.stop()
-    second.hello = second.hello._replace(weights_digest=b"other weights...")
-    await second.start(second.port)
-    await eventually(lambda: len(router._ready()) == 2)
+    await comes_with_other_weights(router, second)
     plan, first.step_s = first.plan, 60.0
     first.plan = lambda submit: [RequestOutput(submit.request_id, [], cached=[16, 0, 0, 0]), *plan(submit)]
-    reading = asyncio.create_task(read(router, a_request(max_tokens=5)))
-    await eventually(lambda: len(first.submitted) == 1)
-    await asyncio.sleep(0.1)  # it has been told what it reuses
-    await first.stop()
-    assert await reading == list(range(10, 15))
+    tokens: list[int] = []
+    async with asyncio.timeout(10), aclosing(router.dispatch(a_request(max_tokens=5)).outputs()) as batches:
+        [told] = await anext(batches)
+        assert (told.token_ids, told.cached) == ([], [16, 0, 0, 0])
+        await first.stop()
+        async for batch in batches:
+            tokens += [token for output in batch for token in output.token_ids]
+    assert tokens == list(range(10, 15))
     assert second.submitted[0].output == b""
 
 
