@@ -46,36 +46,39 @@ class CallStream:
         self._open_call = open_call
         self._stream: _Stream | None = None
         self._numbers = itertools.count(1)
+        self._is_closed = False
 
     async def ask(self, kind: str, request: Any) -> pb.Answer:
-        """`kind`: the field of Call that `request` goes into. AioRpcError or StoreUnavailable when the stream breaks, UsageError when the
-        channel is closed. The caller sets the deadline."""
+        """`kind`: the field of Call that `request` goes into. AioRpcError or StoreUnavailable when the stream breaks, UsageError after
+        `close`. The caller sets the deadline."""
+        if self._is_closed:
+            raise grpc.aio.UsageError("the stream of calls is closed")
         if self._stream is None or self._stream.has_ended:
             self._stream = _Stream(self._open_call())
         return await self._stream.ask(pb.Call(number=next(self._numbers), **{kind: request}))
 
     async def close(self) -> None:
         """Calls without an answer raise StoreUnavailable."""
+        self._is_closed = True
         if self._stream is not None:
             await self._stream.close()
 
 
 class _Stream:
-    """One stream, from when it is opened until it breaks."""
+    """One stream, from when it is opened until it breaks. Calls are written by a task of its own: who gives one up in the middle of a write
+    would break the stream for all."""
 
     def __init__(self, call: grpc.aio.StreamStreamCall[pb.Call, pb.Answer]) -> None:
         self.has_ended = False
         self._call = call
         self._answers: dict[int, asyncio.Future[pb.Answer]] = {}
-        self._writing = asyncio.Lock()
+        self._unsent: asyncio.Queue[pb.Call] = asyncio.Queue()  # no longer than the callers' open calls
         self._reader = asyncio.create_task(self._read(), name="store-answers")
 
     async def ask(self, call: pb.Call) -> pb.Answer:
         future = self._answers[call.number] = asyncio.get_running_loop().create_future()
+        self._unsent.put_nowait(call)
         try:
-            async with self._writing:
-                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader knows why the stream has ended
-                    await self._call.write(call)
             answer: pb.Answer = await future
             return answer
         finally:
@@ -83,6 +86,7 @@ class _Stream:
 
     async def _read(self) -> None:
         error: Exception = StoreUnavailable("the store has ended the stream of calls")
+        writer = asyncio.create_task(self._write(), name="store-calls")
         try:
             while isinstance(answer := await self._call.read(), pb.Answer):
                 future = self._answers.get(answer.number)
@@ -92,9 +96,15 @@ class _Stream:
             error = reason
         finally:
             self.has_ended = True
+            writer.cancel()
             for future in self._answers.values():
                 if not future.done():
                     future.set_exception(error)
+
+    async def _write(self) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader knows why the stream has ended
+            while True:
+                await self._call.write(await self._unsent.get())
 
     async def close(self) -> None:
         self._call.cancel()

@@ -137,6 +137,35 @@ async def test_a_broken_stream_fails_its_calls_at_once_and_the_next_call_opens_a
         assert service.num_streams == 2
 
 
+async def test_closing_ends_calls_at_once_wherever_they_are() -> None:
+    """Also those that are not written yet, and those that come later."""
+    service = Holding()
+    service.holds = True
+    async with serving(service) as address:
+        for _ in range(10):
+            client = StoreClient(address, "", timeout_s=60.0)
+            client._session_id = "any"
+            waiting = [asyncio.ensure_future(client.release([number])) for number in range(30)]
+            await asyncio.sleep(0.001)
+            async with asyncio.timeout(10.0):
+                await client.close()
+                results = await asyncio.gather(*waiting, return_exceptions=True)
+            assert {type(result) for result in results} == {StoreUnavailable}
+            with pytest.raises(StoreUnavailable, match="closed"):
+                await client.release([1])
+
+
+async def test_a_call_that_is_given_up_before_it_is_written_breaks_nothing() -> None:
+    service = Holding()
+    async with serving(service) as address, streaming(address) as release:
+        for number in range(20):
+            given_up, other = asyncio.ensure_future(release(1000)), asyncio.ensure_future(release(number))
+            await asyncio.sleep(0)
+            given_up.cancel()
+            assert await other == number
+        assert service.num_streams == 1
+
+
 @contextlib.asynccontextmanager
 async def streaming_over_restart(service: Holding) -> AsyncIterator[tuple[Callable[[int], Awaitable[int]], Callable[[], Awaitable[None]]]]:
     """A release, and what replaces the server behind it by another one at the same address."""
