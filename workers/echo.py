@@ -88,9 +88,10 @@ class EchoRunner:
         progress("echo", 1, 1)
 
     is_asynchronous = False
+    gates = None
 
-    def launch(self, plan: StepPlan, before_forward: Callable[[], None]) -> StepPlan:
-        before_forward()
+    def launch(self, plan: StepPlan, before_forward: Callable[[bool], None]) -> StepPlan:
+        before_forward(False)
         return plan
 
     def collect(self, plan: StepPlan) -> list[RowResult]:

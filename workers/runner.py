@@ -20,6 +20,7 @@ from workers.batch import Batch, StepInput, to_device
 from workers.config import WorkerConfig
 from workers.digest import dummy_digest
 from workers.errors import NotEnoughMemory, UnsupportedConfig
+from workers.kv.gates import LayerGates
 from workers.kv.layout import PageLayout, page_layout
 from workers.kv.pool import PagePool
 from workers.layers.parameter import Placement
@@ -38,6 +39,7 @@ _CUDA_BATCHED_TOKENS = 8192
 _MAX_PIECE_TOKENS = 2048  # a longer step keeps the device busy for longer than the host needs to launch it without graphs
 _MAX_SCORED_ELEMENTS = 1 << 26  # of prompt logits at once
 Logprobs = list[list[tuple[int, float]]] | bytes
+BeforeForward = Callable[[bool], None]  # told whether the pass will wait at `Runner.gates` for pages that are still being loaded
 
 
 class LaunchedStep(NamedTuple):
@@ -77,6 +79,8 @@ class Runner:
         shape = attention_shape(model_config, self.layout, comm.world_size)
         self._backend = make_backend(config.attention_backend, shape, self.pool)
         self._backend.build(progress)
+        if device.type == "cuda":
+            self._backend.gates = LayerGates([run.first_layer for run in self.layout.load_runs], device)
         self._batch = Batch(
             config.max_num_seqs,
             self.max_model_len,
@@ -119,20 +123,25 @@ class Runner:
     def is_asynchronous(self) -> bool:
         return self.pool.tensor.is_cuda
 
+    @property
+    def gates(self) -> LayerGates | None:
+        return self._backend.gates
+
     def execute(self, plan: StepPlan) -> list[RowResult]:
         """Launches a step and collects it."""
         return self.collect(self.launch(plan))
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, before_forward: Callable[[], None] = lambda: None) -> LaunchedStep:
+    def launch(self, plan: StepPlan, before_forward: BeforeForward = lambda has_gates: None) -> LaunchedStep:
         """Rows out, rows in, one forward pass, sampling. Every rank samples the same tokens; only rank 0 fills in logprobs. Loads and saves
         are the caller's. On CUDA it returns before the device is done. `before_forward` is called when all is ready for the pass."""
         row_ids = [row.row_id for row in plan.rows]
         step = self._batch.apply(plan)
         if step is None:
-            before_forward()
+            before_forward(False)
             return LaunchedStep(row_ids, [], torch.empty(0, dtype=torch.int64), None, {}, {})
-        logits_SV, prompt_logprobs = self._forward(step, before_forward)
+        has_gates = self.gates is not None and step.attention.has_gates
+        logits_SV, prompt_logprobs = self._forward(step, lambda: before_forward(has_gates))
         tokens_S, logprobs = self._sample(step, logits_SV)
         event = None
         if self.is_asynchronous:  # also without a token: an answer means that the device is done with pages and staging memory

@@ -91,8 +91,13 @@ class RunnerLike(Protocol):
     pool: Any
     info_fields: dict[str, Any]  # of workers.step.GroupInfo, all but pids
 
-    def launch(self, plan: StepPlan, before_forward: Callable[[], None]) -> Any:
-        """Queues a step. Calls `before_forward` when all is ready for the forward pass."""
+    @property
+    def gates(self) -> Any:
+        """workers.kv.gates.LayerGates; None where a step is launched when its loads are done."""
+        ...
+
+    def launch(self, plan: StepPlan, before_forward: Callable[[bool], None]) -> Any:
+        """Queues a step. Calls `before_forward` when all is ready for the forward pass, with whether that will wait at `gates`."""
         ...
 
     def collect(self, launched: Any) -> list[RowResult]:
@@ -156,7 +161,7 @@ class Rank:
         self._runner: RunnerLike | None = None
         self._copier: PageCopier | None = None
         self._answers: AnswerThread | None = None
-        self._sending = threading.Lock()  # protects the connection's unsent frames
+        self._sending = threading.RLock()  # protects the connection's unsent frames
 
     def join(self, secret: str) -> None:
         """Says Hello and waits to be let in. GroupFailed when refused; Disconnected."""
@@ -240,18 +245,23 @@ class Rank:
         if plan.sequence != self._sequence + 1:
             raise ValueError(f"plan {plan.sequence} came where {self._sequence + 1} is next")
         self._sequence = plan.sequence
-        copier.submit(plan.loads, [])  # they touch no page of this step, so they run beside it, unless it waits
+        num_batches = copier.submit(plan.loads, [])  # they touch no page of this step, so they run beside it, unless it waits
         started_s = time.perf_counter()
 
-        def before_forward() -> None:
+        def await_loads() -> None:
             if plan.waits:
-                copier.await_loads(LOADS_TIMEOUT_S)
+                copier.await_loads(num_batches, LOADS_TIMEOUT_S)
                 self._send_copies()
+
+        def before_forward(has_gates: bool) -> None:
+            if not (has_gates and plan.waits and copier.gate_loads(LOADS_TIMEOUT_S)):
+                await_loads()
 
         launched = runner.launch(plan, before_forward)
 
         def answer() -> None:
             rows = runner.collect(launched)
+            await_loads()  # the engine learns of a load that failed before it learns what the step made of it
             forward_s = time.perf_counter() - started_s
             self._say(StepResult(plan.sequence, rows, forward_s) if self._rank == 0 else Ack(plan.sequence))
 
@@ -264,9 +274,10 @@ class Rank:
         self._send_copies()
 
     def _send_copies(self) -> None:
-        results = self._copier.results() if self._copier is not None else []
-        if results:
-            self._say(CopiesDone(results))
+        with self._sending:  # whoever takes results sends them before anybody sends anything else
+            results = self._copier.results() if self._copier is not None else []
+            if results:
+                self._say(CopiesDone(results))
 
     def _loaded(self) -> tuple[RunnerLike, PageCopier]:
         if self._runner is None or self._copier is None:
@@ -290,7 +301,7 @@ class Rank:
             )
         runner = self._runner = make_runner(config, self._communicator, self._report_progress)
         layout: PageLayout = runner.layout
-        self._copier = PageCopier(runner.pool, layout)
+        self._copier = PageCopier(runner.pool, layout, runner.gates)
         self._readable.register(self._copier, select.POLLIN)
         if runner.is_asynchronous:
             self._answers = AnswerThread()

@@ -31,7 +31,7 @@ from workers.config import WorkerConfig
 from workers.digest import weights_digest
 from workers.group import GroupListener
 from workers.local import RankPool
-from workers.step import ALL_LOGPROBS, SamplingSettings
+from workers.step import ALL_LOGPROBS, SamplingSettings, StepPlan
 from workers.worker import MODEL, RankParts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,6 +179,18 @@ class Replica:
     def _is_over(self, request_id: str) -> bool:
         outputs = self._outputs.get(request_id)
         return bool(outputs and (outputs[-1].finish_reason or outputs[-1].error))
+
+
+def watch_plans(replica: Replica) -> list[StepPlan]:
+    """Those that are sent from now on."""
+    plans, submit = [], replica.group.submit
+
+    def watched(plan: StepPlan) -> None:
+        plans.append(plan)
+        submit(plan)
+
+    replica.group.submit = watched  # type: ignore[method-assign]
+    return plans
 
 
 def await_true(condition: Callable[[], bool], describe: Callable[[], str], timeout_s: float = WAIT_S) -> None:

@@ -21,7 +21,7 @@ from cache_store.keys import BlockKey, Layout, chain_keys, salted_root
 from cache_store.outcomes import StoreStat
 from cache_store.process import StoreProcess
 from cache_store.processes import process_identity
-from tests.integration.replicas import SECRET, Replica, worker_config
+from tests.integration.replicas import SECRET, Replica, watch_plans, worker_config
 from workers.local import RankPool
 from workers.step import ArenaSpec, BlockCopy, CopyResult, StepPlan
 
@@ -99,18 +99,6 @@ def page_checksums(replica: Replica, keys: list[BlockKey]) -> list[bytes]:
             results += [answer for answer in replica.group.poll(0.1) if isinstance(answer, CopyResult)]
     assert all(result.ok for result in results)
     return [result.checksums for result in sorted(results)]
-
-
-def watch_plans(replica: Replica) -> list[StepPlan]:
-    """Those that are sent from now on."""
-    plans, submit = [], replica.group.submit
-
-    def watched(plan: StepPlan) -> None:
-        plans.append(plan)
-        submit(plan)
-
-    replica.group.submit = watched  # type: ignore[method-assign]
-    return plans
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek"])

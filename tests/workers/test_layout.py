@@ -79,6 +79,15 @@ def test_page_shapes_and_defaults():
     assert layouts(GQA, 1)[0].store.digest() != layouts(GQA, 1, "bfloat16")[0].store.digest()
 
 
+def test_pages_are_loaded_a_run_of_layers_after_the_other_where_layers_are_parts():
+    (run,) = layouts(GQA, 2)[1].load_runs
+    assert (run.first_layer, run.parts) == (0, range(2, 4)), "every head has something of every layer"
+    runs = layouts(dataclasses.replace(MLA, num_layers=27), 2)[1].load_runs
+    assert [(run.first_layer, len(run.parts)) for run in runs] == [(0, 6), (6, 7), (13, 7), (20, 7)]
+    assert [part for run in runs for part in run.parts] == list(range(27))
+    assert [run.parts for run in layouts(dataclasses.replace(MLA, num_layers=2), 1)[0].load_runs] == [range(1), range(1, 2)]
+
+
 def test_page_bytes_are_the_page():
     pool = PagePool(layouts(GQA, 1, "bfloat16")[0], 3, torch.device("cpu"))
     pool.page_bytes(2)[:] = 0x40

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 import xxhash
 
 from cache_store.keys import Layout
+from workers.kv.dma import Dma
+from workers.kv.gates import LayerGates
 from workers.kv.layout import PageLayout
 from workers.kv.pool import PagePool
 from workers.kv.registration import REGISTER_BYTES
@@ -67,7 +70,7 @@ class Arena:
 
 
 class Rank:
-    def __init__(self, store: Layout, tp: int, rank: int, arena: Arena | None, device: torch.device = CPU, **kwargs: int) -> None:
+    def __init__(self, store: Layout, tp: int, rank: int, arena: Arena | None, device: torch.device = CPU, **kwargs: Any) -> None:
         self.layout = page_layout(store, tp, rank)
         self.pool = PagePool(self.layout, NUM_PAGES, device)
         self.copier = PageCopier(self.pool, self.layout, **kwargs)
@@ -113,7 +116,7 @@ def folder() -> Iterator[Path]:
 def make_rank(request: pytest.FixtureRequest) -> Iterator[type[Rank]]:
     ranks: list[Rank] = []
 
-    def make(*args: object, **kwargs: int) -> Rank:
+    def make(*args: object, **kwargs: Any) -> Rank:
         ranks.append(Rank(*args, device=torch.device(request.param), **kwargs))  # type: ignore[arg-type]
         return ranks[-1]
 
@@ -320,7 +323,7 @@ def test_loads_can_be_waited_for(stored: tuple[Arena, np.ndarray], make_rank: ty
     """Until their results are there, whatever saves do; in vain when they take too long or their thread has ended."""
     arena, block = stored
     rank = make_rank(GQA, 1, 0, arena, num_load_threads=2)
-    rank.copier.await_loads(0.0)
+    rank.copier.await_loads(rank.copier.submit([], []), 0.0)
     gate, judge = threading.Event(), PageCopier._judge
 
     def held(copier: PageCopier, *arguments: object) -> list[CopyResult]:
@@ -328,15 +331,109 @@ def test_loads_can_be_waited_for(stored: tuple[Arena, np.ndarray], make_rank: ty
         return judge(copier, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PageCopier, "_judge", held)
-    rank.copier.submit([arena.copy(copy_id, copy_id, 3, checksums_of(block, GQA)) for copy_id in range(1, 6)], [])
-    with pytest.raises(TimeoutError, match="have not ended within 0.05 s"):
-        rank.copier.await_loads(0.05)
+    num_batches = rank.copier.submit([arena.copy(copy_id, copy_id, 3, checksums_of(block, GQA)) for copy_id in range(1, 6)], [])
+    with pytest.raises(TimeoutError, match="batches of loads have taken longer than 0.05 s"):
+        rank.copier.await_loads(num_batches, 0.05)
     threading.Timer(0.05, gate.set).start()
-    rank.copier.await_loads(20.0)
+    rank.copier.await_loads(num_batches, 20.0)
     assert [result.ok for result in rank.copier.results()] == [True] * 5
-    rank.copier.submit([arena.copy(1, NUM_PAGES, 3, checksums_of(block, GQA))], [])  # there is no such page
+    gate.clear()
+    num_later = rank.copier.submit([arena.copy(6, 1, 3, checksums_of(block, GQA))], [])
+    rank.copier.await_loads(num_batches, 0.0)  # not for those that came later
+    gate.set()
+    rank.copier.await_loads(num_later, 20.0)
+    num_batches = rank.copier.submit([arena.copy(1, NUM_PAGES, 3, checksums_of(block, GQA))], [])  # there is no such page
     with pytest.raises(RuntimeError, match="copying pages failed: IndexError"):
-        rank.copier.await_loads(20.0)
+        rank.copier.await_loads(num_batches, 20.0)
+
+
+def test_a_forward_pass_waits_behind_loads_that_have_begun(
+    stored: tuple[Arena, np.ndarray], make_rank: type[Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not until they have ended, and for none that cannot begin."""
+    arena, block = stored
+    closed: list[int] = []
+
+    class Gates:
+        def close_behind(self, arrivals: list[tuple[object, ...]]) -> None:
+            closed.append(len(arrivals))
+
+    assert not make_rank(GQA, 1, 0, arena).copier.gate_loads(0.0), "there are no gates"
+    rank = make_rank(GQA, 1, 0, arena, gates=Gates(), num_load_threads=2)
+    begins, ends = threading.Event(), threading.Event()
+    why_not, judge = PageCopier._why_not, PageCopier._judge
+
+    def begin(copier: PageCopier, *arguments: object) -> list[str]:
+        assert begins.wait(20)
+        return why_not(copier, *arguments)  # type: ignore[arg-type]
+
+    def end(copier: PageCopier, *arguments: object) -> list[CopyResult]:
+        assert ends.wait(20)
+        return judge(copier, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PageCopier, "_why_not", begin)
+    monkeypatch.setattr(PageCopier, "_judge", end)
+    late = arena.copy(2, 2, 3, within_s=-1.0)
+    num_batches = rank.copier.submit([arena.copy(1, 1, 3, checksums_of(block, GQA)), late], [])
+    with pytest.raises(TimeoutError, match="2 batches of loads have taken longer than 0.05 s"):
+        rank.copier.gate_loads(0.05)
+    assert closed == []
+    begins.set()
+    assert rank.copier.gate_loads(20.0)
+    assert len(closed) == 1
+    with pytest.raises(TimeoutError, match="1 batches of loads have taken longer than 0.05 s"):
+        rank.copier.await_loads(num_batches, 0.05)
+    ends.set()
+    rank.copier.await_loads(num_batches, 20.0)
+    assert [(result.copy_id, result.ok) for result in sorted(rank.copier.results())] == [(1, True), (2, False)]
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("store", [GQA, MLA], ids=["gqa", "mla"])
+def test_a_captured_pass_reads_each_layer_when_it_is_there(store: Layout, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With copies that are held up in front of every run of layers. A pass that waits for nothing goes through at once."""
+    device = torch.device("cuda")
+    arena, block = Arena(folder / "arena", store.block_bytes), random_block(store, 1)
+    arena.slot(3)[: store.block_bytes] = block
+    runs = page_layout(store, 1, 0).load_runs
+    gates = LayerGates([run.first_layer for run in runs], device)
+    rank = Rank(store, 1, 0, arena, device, gates=gates)
+    layers = rank.pool.tensor[1] if store.codec == "mla" else rank.pool.tensor[1].transpose(0, 1)
+    read = torch.zeros_like(layers)
+
+    def run() -> None:
+        for layer in range(len(layers)):
+            gates.wait(layer)
+            read[layer] = layers[layer]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    copy, loads = Dma.copy, [arena.copy(1, 1, 3, checksums_of(block, store))]
+    assert rank.one(loads).ok, "what is slow the first time"
+
+    def late(dma: Dma, *columns: np.ndarray, to_host: bool) -> None:
+        with torch.cuda.stream(torch.cuda.ExternalStream(columns[-1])):  # type: ignore[arg-type]
+            torch.cuda._sleep(20_000_000)  # cycles: 10 ms
+        copy(dma, *columns, to_host=to_host)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Dma, "copy", late)
+    for waits in (True, False, True):
+        rank.pool.tensor.zero_()
+        read.fill_(1)
+        torch.cuda.synchronize()
+        num_batches = rank.copier.submit(loads, [])
+        if waits:
+            assert rank.copier.gate_loads(20.0)
+        graph.replay()
+        torch.cuda.current_stream().synchronize()
+        seen = (read if store.codec == "mla" else read.transpose(0, 1)).contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        assert seen == (block.tobytes() if waits else bytes(len(seen)))
+        rank.copier.await_loads(num_batches, 20.0)
+        assert [result.ok for result in rank.copier.results()] == [True]
+    rank.copier.close()
 
 
 def test_closing_with_copies_in_the_queue(stored: tuple[Arena, np.ndarray]) -> None:

@@ -4,20 +4,23 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from workers.answers import AnswerThread
 from workers.config import WorkerConfig
 from workers.errors import GroupFailed, UnknownArchitecture
 from workers.group import GroupListener, RankGroup
 from workers.local import RankPool
-from workers.step import ArenaSpec, BlockCopy, CopyResult, NewRow, SamplingSettings, StepPlan, StepResult, StepRow
-from workers.worker import MODEL, load_attribute, pick_device, run_rank
+from workers.step import ArenaSpec, BlockCopy, CopyResult, NewRow, RowResult, SamplingSettings, StepPlan, StepResult, StepRow
+from workers.wire import LENGTH, CopiesDone, decode
+from workers.worker import MODEL, Rank, load_attribute, pick_device, run_rank
 
 ROOT = Path(__file__).parents[2]
 SECRET = "s3cret"
@@ -156,6 +159,54 @@ def test_tokens_are_the_same_at_every_size_cold_and_from_the_arena(pool: RankPoo
             bad = [bytes([column[0] ^ 1]) + column[1:] for column in checksums]
             results = warm.step([], loads=copies(arena.slot_bytes, bad))[1]
             assert results == [CopyResult(index, False, b"", "checksum") for index in range(3)]
+
+
+def test_a_step_that_waits_at_gates_is_answered_behind_its_loads() -> None:
+    """It is launched while they are under way; that one has failed must be known before what the step made of it."""
+    said: list[object] = []
+    ended = threading.Event()
+
+    class Said:
+        num_unsent_frames = 0
+
+        def fileno(self) -> int:
+            return 0
+
+        def send(self, frame: bytes) -> None:
+            said.append(decode(frame[LENGTH.size :]))
+
+    class Copier:
+        def submit(self, loads: list[BlockCopy], saves: list[BlockCopy]) -> int:
+            return 1
+
+        def gate_loads(self, timeout_s: float) -> bool:
+            said.append("gated")
+            return True
+
+        def await_loads(self, num_batches: int, timeout_s: float) -> None:
+            assert ended.wait(20)
+
+        def results(self) -> list[CopyResult]:
+            return [CopyResult(7, False, b"", "checksum")] if ended.is_set() and CopiesDone not in map(type, said) else []
+
+    class Runner:
+        def launch(self, plan: StepPlan, before_forward: Callable[[bool], None]) -> StepPlan:
+            before_forward(True)
+            said.append("launched")
+            return plan
+
+        def collect(self, plan: StepPlan) -> list[RowResult]:
+            return [RowResult(1, [5])]
+
+    rank = Rank(Said(), 0, MODEL)  # type: ignore[arg-type]
+    rank._runner, rank._copier, answers = Runner(), Copier(), AnswerThread()  # type: ignore[assignment]
+    rank._answers = answers
+    rank._take(StepPlan(1, [], [], [StepRow(1, 1, 0, 0, [])], [], [], True))
+    assert said == ["gated", "launched"]
+    ended.set()
+    answers.close()
+    answers.check()
+    assert [type(message) for message in said[2:]] == [CopiesDone, StepResult]
 
 
 def test_a_group_loads_another_model_on_the_same_ranks(pool: RankPool, model: str) -> None:

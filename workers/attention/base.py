@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from workers.errors import UnsupportedConfig
+from workers.kv.gates import LayerGates
 from workers.kv.pool import PagePool
 from workers.layers.rotary import rotate_, rotate_pairs
 
@@ -86,6 +87,11 @@ class AttentionBatch:
         return self.captured_pages > 0
 
     @property
+    def has_gates(self) -> bool:
+        """Whether the pass waits for loaded pages layer by layer; captured decode steps would pay for it each time."""
+        return not (self.is_captured and self.num_decode_rows)
+
+    @property
     def num_rows(self) -> int:
         return len(self.seq_lens)
 
@@ -107,6 +113,12 @@ class AttentionBackend(abc.ABC):
     def __init__(self, shape: AttentionShape, pool: PagePool) -> None:
         self.shape = shape
         self.pool = pool
+        self.gates: LayerGates | None = None  # the runner's, on CUDA
+
+    def await_pages(self, layer: int) -> None:
+        """Before the layer's pages are read: those that the step waits for."""
+        if self.gates is not None and self.batch.has_gates:
+            self.gates.wait(layer)
 
     def build(self, progress: Progress) -> None:  # noqa: B027 - most have nothing to build
         """Compiles what is compiled on first use, so that no step waits for it."""

@@ -9,13 +9,23 @@ A key-value head whose queries span ranks is in the page of each, and written to
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cache_store.keys import DTYPE_BYTES, Layout
 from workers.models.config import ModelConfig, check_tensor_parallel, kv_heads_of_rank
 
 DEFAULT_BLOCK_SIZE = {"gqa": 16, "mla": 64}  # tokens
+_NUM_LOAD_RUNS = 4  # a forward pass begins when the first is there; each costs a copy more per page
+
+
+class LoadRun(NamedTuple):
+    """Parts that are loaded together. With those of the runs before they hold all of the layers before the next run's first."""
+
+    first_layer: int
+    parts: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,16 @@ class PageLayout:
     @property
     def block_size(self) -> int:
         return self.store.block_size
+
+    @property
+    def load_runs(self) -> list[LoadRun]:
+        """In the order in which they are loaded. Where every part has something of every layer there is one."""
+        parts = range(self.first_part, self.first_part + self.num_parts)
+        if self.store.codec != "mla":
+            return [LoadRun(0, parts)]
+        count = min(_NUM_LOAD_RUNS, self.num_parts)
+        bounds = [self.num_parts * run // count for run in range(count + 1)]
+        return [LoadRun(parts[first], parts[first:last]) for first, last in itertools.pairwise(bounds)]
 
 
 def page_layout(config: ModelConfig, *, block_size: int | None, dtype: str, tensor_parallel_size: int, rank: int) -> PageLayout:

@@ -11,8 +11,9 @@ which nobody reads: the page enters no batch before its copy was reported good.
 On the CPU hashing bounds the speed, at 5 to 10 GB/s a thread where it runs from memory. Cores could not keep up with the link to a GPU, so
 there the pages are hashed on the device (`workers.kernels.checksum`), before they leave or after they arrived, and threads only queue work.
 
-The forward pass needs no event to see loaded pages: a copy is reported after its DMA is done, and a plan that reads the page is made
-after that report. Saves on the CPU need none either: a plan is executed before its saves are queued.
+A plan that reads a page is made after its copy was reported, or it says that it waits: on the CPU for the report, on CUDA at gates in
+front of layers (`workers.kv.gates`), for which pages are copied a run of layers after the other. Then its answer goes behind the report.
+Saves on the CPU need no event: a plan is executed before its saves are queued.
 """
 
 from __future__ import annotations
@@ -36,13 +37,17 @@ from workers.kv.registration import CudaHostMemory, HostMemory, pieces_of
 from workers.step import ArenaSpec, BlockCopy, CopyResult
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from workers.kernels.checksum import PartHasher
+    from workers.kv.gates import LayerGates
     from workers.kv.layout import PageLayout
     from workers.kv.pool import PagePool
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH = {"cpu": 16, "cuda": 64}  # copies that a thread starts before it waits for the first
+MAX_LAYERED_BATCH = 256  # where pages arrive layer by layer: the first layers of a prefix are in place before the last of any of its blocks
 MAX_QUEUED_BATCHES = 4096  # of each kind
 NUM_LOAD_THREADS = 2  # the next batch is queued while one is under way; on the CPU the cores belong to the forward pass
 _JOIN_TIMEOUT_S = 10.0
@@ -50,6 +55,7 @@ _CHECKSUM_BYTES = 8
 
 
 class _Batch(NamedTuple):
+    number: int  # in its lane
     copies: list[BlockCopy]
     mapping: ArenaMapping | None  # None: there was no arena
     event: Any  # CUDA event after which the pages may be read; None: at once
@@ -76,94 +82,106 @@ class Mover(Protocol):
         """To be called first."""
         ...
 
-    def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None: ...
+    def start(self, copies: list[BlockCopy], mapping: ArenaMapping) -> None: ...
 
-    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> list[bytes]:
+    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping) -> list[bytes]:
         """Returns once all that was started is in place: of each copy the xxh3-64 of its parts, little-endian."""
+        ...
+
+    @property
+    def arrivals(self) -> Sequence[Any]:
+        """Of each run the CUDA event behind the last copies that were started; none on the CPU."""
         ...
 
 
 class HostMover:
     """Pages in host memory. numpy's copies let go of the interpreter's lock."""
 
-    def __init__(self, pool: PagePool, *, is_save: bool) -> None:
+    arrivals: tuple[Any, ...] = ()
+
+    def __init__(self, pool: PagePool, lane: _Lane) -> None:
         self._pool = pool
-        self._is_save = is_save
+        self._lane = lane
 
     def enter_thread(self) -> None:
         pass
 
-    def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None:
+    def start(self, copies: list[BlockCopy], mapping: ArenaMapping) -> None:
+        span = self._lane.span
         for copy in copies:
             page = np.asarray(self._pool.page_bytes(copy.page))[span.page_start : span.page_start + span.num_bytes]
             slot = mapping.data[copy.offset + span.slot_start :][: span.num_bytes]
-            source, target = (page, slot) if self._is_save else (slot, page)
+            source, target = (page, slot) if self._lane.is_save else (slot, page)
             np.copyto(target, source)
 
-    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> list[bytes]:
-        return [_hash_slot(copy, mapping, span) for copy in copies]
+    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping) -> list[bytes]:
+        return [_hash_slot(copy, mapping, self._lane.span) for copy in copies]
 
 
 class CudaMover:
     """Pages on the GPU: DMA on a stream of its own, from and to arena memory that CUDA knows."""
 
-    def __init__(self, pool: PagePool, *, is_save: bool, span: _Span) -> None:
+    def __init__(self, pool: PagePool, lane: _Lane) -> None:
         import torch
 
         self._torch = torch
         self._pool = pool
+        self._lane = lane
         self._page_bytes = pool.layout.page_bytes
         self._address: int = pool.tensor.data_ptr()
-        self._is_save = is_save
         self._stream = torch.cuda.Stream(pool.tensor.device, priority=-1)  # hashing must not wait behind a forward pass
+        self.arrivals = [torch.cuda.Event() for _ in lane.runs]
         self._dma = Dma()
-        self._hasher = self._make_hasher(span)
+        self._hasher = self._make_hasher()
 
     def enter_thread(self) -> None:
         self._torch.cuda.set_device(self._pool.tensor.device)
 
-    def _make_hasher(self, span: _Span) -> PartHasher | None:
+    def _make_hasher(self) -> PartHasher | None:
         """Built and tried once here, rather than when a request waits; None where slots have to be hashed instead."""
         from workers.kernels.checksum import PartHasher, can_hash
 
+        span = self._lane.span
         if not span.num_parts or not can_hash(span.part_bytes):
             return None
-        max_parts = MAX_BATCH["cuda"] * span.num_parts
+        max_parts = self._lane.max_batch * span.num_parts
         hasher = PartHasher(self._pool.tensor.view(self._torch.uint8).flatten(), span.part_bytes, max_parts)
         with self._torch.cuda.stream(self._stream):
             hasher.start(np.zeros(span.num_parts, np.int64))
         self._stream.synchronize()
         return hasher
 
-    def start(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> None:
-        stream = self._stream.cuda_stream
-        if self._is_save:
-            self._start_hashes(copies, span)
+    def start(self, copies: list[BlockCopy], mapping: ArenaMapping) -> None:
+        span, is_save = self._lane.span, self._lane.is_save
         pages = np.array([copy.page for copy in copies], np.int64)
         if (pages < 0).any() or (pages >= self._pool.num_pages).any():
             raise IndexError(f"there is no page {pages.min()} or {pages.max()}")
-        slots = np.array([copy.offset for copy in copies], np.int64) + span.slot_start
-        for first in slots.tolist():
+        if is_save:
+            self._start_hashes(pages)
+        offsets = np.array([copy.offset for copy in copies], np.int64)
+        for first in (offsets + span.slot_start).tolist():
             mapping.register(first, first + span.num_bytes)
-        shifts = self._address + pages * self._page_bytes + span.page_start - slots
-        starts, sizes, owners = pieces_of(slots, span.num_bytes)
-        host, device = mapping.address + starts, shifts[owners] + starts
-        if self._is_save:
-            self._dma.copy(host, device, sizes, stream, to_host=True)
-        else:
-            self._dma.copy(device, host, sizes, stream, to_host=False)
-        if not self._is_save:
-            self._start_hashes(copies, span)
+        for run, arrival in zip(self._lane.runs, self.arrivals, strict=True):
+            slots = offsets + run.slot_start
+            shifts = self._address + pages * self._page_bytes + run.page_start - slots
+            starts, sizes, owners = pieces_of(slots, run.num_bytes)
+            host, device = mapping.address + starts, shifts[owners] + starts
+            source, target = (device, host) if is_save else (host, device)
+            self._dma.copy(target, source, sizes, self._stream.cuda_stream, to_host=is_save)
+            arrival.record(self._stream)
+        if not is_save:
+            self._start_hashes(pages)
 
-    def _start_hashes(self, copies: list[BlockCopy], span: _Span) -> None:
+    def _start_hashes(self, pages: np.ndarray) -> None:
         if self._hasher is not None:
-            pages = np.array([copy.page for copy in copies], np.int64)[:, None]
-            parts = np.arange(span.num_parts)[None, :]
+            span = self._lane.span
+            parts = span.page_start + np.arange(span.num_parts)[None, :] * span.part_bytes
             with self._torch.cuda.stream(self._stream):
-                self._hasher.start((pages * self._page_bytes + span.page_start + parts * span.part_bytes).ravel())
+                self._hasher.start((pages[:, None] * self._page_bytes + parts).ravel())
 
-    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping, span: _Span) -> list[bytes]:
+    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping) -> list[bytes]:
         self._stream.synchronize()
+        span = self._lane.span
         if self._hasher is None:
             return [_hash_slot(copy, mapping, span) for copy in copies]
         data, width = self._hasher.finish(len(copies) * span.num_parts).astype("<u8").tobytes(), _CHECKSUM_BYTES * span.num_parts
@@ -171,12 +189,21 @@ class CudaMover:
 
 
 class PageCopier:
-    """Copies for one rank. `submit` queues; when `fileno()` is readable, `results` has something. One thread owns all calls."""
+    """Copies for one rank. `submit` queues; when `fileno()` is readable, `results` has something. One thread owns all calls, but for
+    `results` and `await_loads`, which another may call with the first one's leave."""
 
     def __init__(
-        self, pool: PagePool, layout: PageLayout, *, num_load_threads: int | None = None, max_queued_batches: int = MAX_QUEUED_BATCHES
+        self,
+        pool: PagePool,
+        layout: PageLayout,
+        gates: LayerGates | None = None,
+        *,
+        num_load_threads: int | None = None,
+        max_queued_batches: int = MAX_QUEUED_BATCHES,
     ) -> None:
+        """`gates`: of the forward pass, for the layout's runs of layers."""
         self._pool = pool
+        self._gates = gates
         self._on_cuda = bool(getattr(pool.tensor, "is_cuda", False))
         self._store = layout.store
         self._memory: HostMemory | None = CudaHostMemory(pool.tensor.device) if self._on_cuda else None
@@ -186,15 +213,18 @@ class PageCopier:
         self._closing = False
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         num_loaders = num_load_threads or NUM_LOAD_THREADS
-        self._loads = _Lane(self._span(layout, layout.first_part, layout.num_parts), False, num_loaders, max_queued_batches)
+        runs = [self._span(layout, run.parts.start, len(run.parts)) for run in layout.load_runs]
+        max_batch = MAX_BATCH["cuda" if self._on_cuda else "cpu"]
+        max_load_batch = MAX_LAYERED_BATCH if self._on_cuda and len(runs) > 1 else max_batch
+        loaded = self._span(layout, layout.first_part, layout.num_parts)
         written = self._span(layout, layout.first_written_part, layout.num_written_parts)
-        self._saves = _Lane(written, True, max(1, num_loaders // 4), max_queued_batches)
+        self._loads = _Lane(loaded, runs, False, num_loaders, max_load_batch, max_queued_batches)
+        self._saves = _Lane(written, [written], True, max(1, num_loaders // 4), max_batch, max_queued_batches)
+        movers = [(lane, self._make_mover(lane)) for lane in (self._loads, self._saves) for _ in range(lane.num_threads)]
+        self._load_movers = [mover for lane, mover in movers if lane is self._loads]
         self._threads = [
-            threading.Thread(
-                target=self._serve, args=(lane, self._make_mover(lane)), name="saves" if lane.is_save else "loads", daemon=True
-            )
-            for lane in (self._loads, self._saves)
-            for _ in range(lane.num_threads)
+            threading.Thread(target=self._serve, args=(lane, mover), name="saves" if lane.is_save else "loads", daemon=True)
+            for lane, mover in movers
         ]
         for thread in self._threads:
             thread.start()
@@ -216,8 +246,9 @@ class PageCopier:
         except OSError as error:
             log.warning("cannot map the arena, so copies will fail: %s", error)
 
-    def submit(self, loads: list[BlockCopy], saves: list[BlockCopy]) -> None:
-        """Queues copies. Saves read what the forward passes launched so far by this thread will have written."""
+    def submit(self, loads: list[BlockCopy], saves: list[BlockCopy]) -> int:
+        """Queues copies. Saves read what the forward passes launched so far by this thread will have written. Returns how many batches of
+        loads have been queued so far, for `await_loads`."""
         event = None
         if saves and self._on_cuda:
             import torch
@@ -225,23 +256,37 @@ class PageCopier:
             event = torch.cuda.Event(blocking=True)  # its waiters sleep
             event.record(torch.cuda.current_stream(self._pool.tensor.device))
         for lane, copies in ((self._loads, loads), (self._saves, saves)):
-            size = min(MAX_BATCH["cuda" if self._on_cuda else "cpu"], -(-len(copies) // lane.num_threads)) or 1
+            size = lane.batch_size(len(copies))
             for start in range(0, len(copies), size):
-                batch = _Batch(
-                    copies[start : start + size], self._mapping.use() if self._mapping else None, event if lane.is_save else None
-                )
-                try:
-                    lane.batches.put_nowait(batch)
-                except queue.Full:
+                mapping = self._mapping.use() if self._mapping else None
+                batch = _Batch(lane.num_put, copies[start : start + size], mapping, event if lane.is_save else None)
+                if not lane.put(batch):
                     self._report([_failed(copy, "busy") for copy in batch.copies])
                     _let_go(batch)
+        return self._loads.num_put
 
-    def await_loads(self, timeout_s: float) -> None:
-        """Returns when `results` has every load that was submitted. TimeoutError; RuntimeError when a copy thread has ended."""
-        batches = self._loads.batches
-        with batches.all_tasks_done:
-            if not batches.all_tasks_done.wait_for(lambda: not batches.unfinished_tasks or self._failure is not None, timeout_s):
-                raise TimeoutError(f"{batches.unfinished_tasks} batches of loads have not ended within {timeout_s:g} s")
+    def await_loads(self, num_batches: int, timeout_s: float) -> None:
+        """Returns when `results` has every load of the first `num_batches`. TimeoutError; RuntimeError when a copy thread has ended."""
+        self._await(self._loads.open, num_batches, timeout_s)
+
+    def gate_loads(self, timeout_s: float) -> bool:
+        """Has the forward pass that is launched next wait, layer by layer, for the loads that were submitted; which of them are good,
+        `results` says later. False where there are no gates. TimeoutError; RuntimeError when a copy thread has ended."""
+        if self._gates is None:
+            return False
+        self._await(self._loads.unbegun, self._loads.num_put, timeout_s)
+        self._gates.close_behind(list(zip(*(mover.arrivals for mover in self._load_movers), strict=True)))
+        return True
+
+    def _await(self, batches: set[int], num_batches: int, timeout_s: float) -> None:
+        """Until none of the first `num_batches` is in the set."""
+
+        def is_over() -> bool:
+            return self._failure is not None or min(batches, default=num_batches) >= num_batches
+
+        with self._loads.changed:
+            if not self._loads.changed.wait_for(is_over, timeout_s):
+                raise TimeoutError(f"{len(batches)} batches of loads have taken longer than {timeout_s:g} s")
         self._check()
 
     def _check(self) -> None:
@@ -288,8 +333,8 @@ class PageCopier:
     def _make_mover(self, lane: _Lane) -> Mover:
         """Before any thread runs: building kernels and pinning memory would hold up whatever the device is doing then."""
         if self._on_cuda:
-            return CudaMover(self._pool, is_save=lane.is_save, span=lane.span)
-        return HostMover(self._pool, is_save=lane.is_save)
+            return CudaMover(self._pool, lane)
+        return HostMover(self._pool, lane)
 
     def _serve(self, lane: _Lane, mover: Mover) -> None:
         """A copy thread. An error that is not a copy's own ends the rank, by way of `results`."""
@@ -301,7 +346,7 @@ class PageCopier:
                 finally:
                     _let_go(batch)
                 self._report(results)
-                lane.batches.task_done()
+                lane.note_ended(batch)
             if batch is not None:
                 _let_go(batch)
             else:
@@ -310,8 +355,8 @@ class PageCopier:
             log.exception("a copy thread has ended")
             self._failure = error
             self._report([])
-            with lane.batches.all_tasks_done:
-                lane.batches.all_tasks_done.notify_all()
+            with lane.changed:
+                lane.changed.notify_all()
 
     def _run(self, batch: _Batch, mover: Mover, lane: _Lane) -> list[CopyResult]:
         if batch.event is not None:
@@ -319,13 +364,14 @@ class PageCopier:
         reasons = self._why_not(batch.copies, batch.mapping)
         results = [_failed(copy, reason) for copy, reason in zip(batch.copies, reasons, strict=True) if reason]
         started = [copy for copy, reason in zip(batch.copies, reasons, strict=True) if not reason]
+        if started and lane.span.num_parts:
+            assert batch.mapping
+            mover.start(started, batch.mapping)
+        lane.note_begun(batch)
         if not started:
             return results
         assert batch.mapping
-        hashes = [b""] * len(started)
-        if lane.span.num_parts:
-            mover.start(started, batch.mapping, lane.span)
-            hashes = mover.finish(started, batch.mapping, lane.span)
+        hashes = mover.finish(started, batch.mapping) if lane.span.num_parts else [b""] * len(started)
         return results + self._judge(started, batch.mapping, lane, hashes)
 
     def _why_not(self, copies: list[BlockCopy], mapping: ArenaMapping | None) -> list[str]:
@@ -358,13 +404,46 @@ class PageCopier:
 
 
 class _Lane:
-    """One direction: its bounded queue, and what each copy moves. None in the queue ends the threads, one after the other."""
+    """One direction: its bounded queue, and what each copy moves, in runs one after the other. None in the queue ends the threads, one
+    after the other."""
 
-    def __init__(self, span: _Span, is_save: bool, num_threads: int, max_queued_batches: int) -> None:
+    def __init__(self, span: _Span, runs: list[_Span], is_save: bool, num_threads: int, max_batch: int, max_queued_batches: int) -> None:
         self.span = span
+        self.runs = runs
         self.is_save = is_save
         self.num_threads = num_threads
+        self.max_batch = max_batch
         self.batches: queue.Queue[_Batch | None] = queue.Queue(max_queued_batches)
+        self.num_put = 0
+        self.changed = threading.Condition()  # protects the sets, of numbers of batches
+        self.unbegun: set[int] = set()  # until their copies are queued on the device, or found to be impossible
+        self.open: set[int] = set()  # until their results are there
+
+    def batch_size(self, num_copies: int) -> int:
+        """Copies that come together are shared out to the threads, unless some layers of all of them are to arrive first."""
+        return min(self.max_batch, num_copies if len(self.runs) > 1 else -(-num_copies // self.num_threads)) or 1
+
+    def put(self, batch: _Batch) -> bool:
+        """False where the queue is full."""
+        with self.changed:
+            try:
+                self.batches.put_nowait(batch)
+            except queue.Full:
+                return False
+            self.num_put += 1
+            self.unbegun.add(batch.number)
+            self.open.add(batch.number)
+        return True
+
+    def note_begun(self, batch: _Batch) -> None:
+        with self.changed:
+            self.unbegun.remove(batch.number)
+            self.changed.notify_all()
+
+    def note_ended(self, batch: _Batch) -> None:
+        with self.changed:
+            self.open.remove(batch.number)
+            self.changed.notify_all()
 
 
 def _hash_slot(copy: BlockCopy, mapping: ArenaMapping, span: _Span) -> bytes:

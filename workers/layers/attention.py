@@ -41,6 +41,7 @@ class GqaAttention(nn.Module):
 
     def attend(self, q_TND: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
         """[T, N * D]"""
+        backend.await_pages(self._layer)
         return backend.gqa(self._layer, q_TND).flatten(1)
 
     def finish(self, out_TO: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,7 @@ class MlaAttention(nn.Module):
 
     def attend(self, q_TND: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
         """[T, N * V]"""
+        backend.await_pages(self._layer)
         num_absorbed_rows = self._num_absorbed_rows(backend)
         rows = range(backend.batch.num_rows)
         first_plain = backend.batch.query_starts[num_absorbed_rows]
