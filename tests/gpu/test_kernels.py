@@ -147,7 +147,9 @@ def test_checksums(part_bytes):
 
     data = torch.randint(0, 256, (part_bytes * 9,), dtype=torch.uint8, device="cuda")
     hasher, places = PartHasher(data, part_bytes, 6), np.array([0, 8, 3, 5, 1], np.int64) * part_bytes
-    hasher.start(places)
+    hasher.put(places)
+    hasher.start(0, 3)
+    hasher.start(3, 5)
     torch.cuda.synchronize()
     host = data.cpu().numpy()
     expected = [xxhash.xxh3_64_intdigest(host[place : place + part_bytes].tobytes()) for place in places]

@@ -1,5 +1,7 @@
 """Pages to and from an arena file, rank by rank, against the bytes that a block must have."""
 
+import contextlib
+import ctypes
 import os
 import random
 import select
@@ -19,9 +21,10 @@ from cache_store.keys import Layout
 from workers.kv.dma import Dma
 from workers.kv.gates import LayerGates
 from workers.kv.layout import PageLayout
+from workers.kv.mapping import ArenaMapping
 from workers.kv.pool import PagePool
 from workers.kv.registration import REGISTER_BYTES
-from workers.kv.transfer import MAX_BATCH, PageCopier
+from workers.kv.transfer import MAX_BATCH, CudaMover, PageCopier
 from workers.step import ArenaSpec, BlockCopy, CopyResult
 
 CPU = torch.device("cpu")
@@ -386,6 +389,92 @@ def test_a_forward_pass_waits_behind_loads_that_have_begun(
     ends.set()
     rank.copier.await_loads(num_batches, 20.0)
     assert [(result.copy_id, result.ok) for result in sorted(rank.copier.results())] == [(1, True), (2, False)]
+
+
+class HostStream:
+    """Does at once what it is told, in this process's memory."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: object, priority: int = 0) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class HostDma:
+    def copy(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray, stream: int, *, to_host: bool) -> None:
+        for target, source, num_bytes in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
+            ctypes.memmove(target, source, num_bytes)
+
+
+class HostHasher:
+    def __init__(self, data: np.ndarray, part_bytes: int, _max_parts: int) -> None:
+        self._data, self._part_bytes = data, part_bytes
+
+    def put(self, offsets: np.ndarray) -> None:
+        self._offsets, self._hashes = offsets, np.zeros(len(offsets), np.uint64)
+
+    def start(self, first: int, stop: int) -> None:
+        for part, offset in enumerate(self._offsets[first:stop].tolist(), first):
+            self._hashes[part] = xxhash.xxh3_64_intdigest(self._data[offset : offset + self._part_bytes].tobytes())
+
+    def finish(self, count: int) -> np.ndarray:
+        return self._hashes[:count]
+
+
+@pytest.mark.parametrize("store", [GQA, MLA], ids=["gqa", "mla"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_a_gpu_is_told_to_do(store: Layout, tp: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of layers after the other, each hashed as it arrives, and what is hashed run by run is told block by block."""
+    arena = Arena(folder / "arena", store.block_bytes)
+    blocks = [random_block(store, seed) for seed in range(3)]
+    for index, block in enumerate(blocks):
+        arena.slot(2 * index)[: store.block_bytes] = block
+    rank = Rank(store, tp, tp - 1, None)
+    layout, events = rank.layout, []
+
+    class Event:
+        def record(self, stream: object) -> None:
+            events.append([rank.page(index + 1).tobytes() for index in range(3)])
+
+    monkeypatch.setattr("torch.cuda.Stream", HostStream)
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr("workers.kv.transfer.Dma", HostDma)
+    pool_bytes = rank.pool.tensor.view(torch.uint8).flatten().numpy()
+    monkeypatch.setattr(CudaMover, "_make_hasher", lambda mover: HostHasher(pool_bytes, store.part_bytes, 0))
+    mapping = ArenaMapping(arena.spec)
+    monkeypatch.setattr(mapping, "register", lambda start, stop: None)
+
+    load = CudaMover(rank.pool, rank.copier._loads)
+    copies = [arena.copy(index, index + 1, 2 * index) for index in range(3)]
+    load.start(copies, mapping)
+    first, stop = 8 * layout.first_part, 8 * (layout.first_part + layout.num_parts)
+    assert load.finish(copies, mapping) == [checksums_of(block, store)[first:stop] for block in blocks]
+    assert len(events) == len(load.arrivals) == len(layout.load_runs)
+    for run, pages in zip(layout.load_runs, events, strict=True):
+        arrived = (run.parts.stop - layout.first_part) * store.part_bytes
+        for block, page in zip(blocks, pages, strict=True):
+            assert page[:arrived] == part_of(block, layout).tobytes()[:arrived]
+            assert not any(page[arrived:])
+
+    save = CudaMover(rank.pool, rank.copier._saves)
+    copies = [arena.copy(index, index + 1, 2 * index + 1) for index in range(3)]
+    save.start(copies, mapping)
+    first, size = layout.first_written_part, layout.num_written_parts
+    assert save.finish(copies, mapping) == [checksums_of(block, store)[8 * first : 8 * (first + size)] for block in blocks]
+    for index, block in enumerate(blocks):
+        expected = np.zeros_like(block)
+        written = slice(first * store.part_bytes, (first + size) * store.part_bytes)
+        expected[written] = block[written]
+        assert arena.slot(2 * index + 1)[: store.block_bytes].tobytes() == expected.tobytes()
+    mapping.retire()
+    rank.copier.close()
 
 
 @pytest.mark.gpu

@@ -35,9 +35,9 @@ def _add(acc, word, neighbour, key):
     return acc + neighbour + (mixed & 0xFFFFFFFF) * (mixed >> 32)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
-def _hash(words_ptr, starts_ptr, keys_ptr, out_ptr, num_parts, num_blocks, num_stripes, last_word, PARTS: tl.constexpr):
-    part = tl.program_id(0) * PARTS + tl.arange(0, PARTS)
+@triton.jit(do_not_specialize=["first_part", "num_parts"])
+def _hash(words_ptr, starts_ptr, keys_ptr, out_ptr, first_part, num_parts, num_blocks, num_stripes, last_word, PARTS: tl.constexpr):
+    part = first_part + tl.program_id(0) * PARTS + tl.arange(0, PARTS)
     inside = (part < num_parts)[:, None]
     lane = tl.arange(0, 8)
     start = words_ptr + tl.load(starts_ptr + part, mask=part < num_parts, other=0)[:, None]
@@ -83,18 +83,22 @@ class PartHasher:
         self._starts, self._hashes = (torch.empty(max_parts, dtype=torch.int64, device=data.device) for _ in range(2))
         self._host_starts, self._host_hashes = (torch.empty(max_parts, dtype=torch.int64, pin_memory=data.is_cuda) for _ in range(2))
 
-    def start(self, offsets_N: np.ndarray) -> None:
-        """Queues the hashing of the parts at these bytes on the current stream."""
-        count, size = len(offsets_N), self._part_bytes
+    def put(self, offsets_N: np.ndarray) -> None:
+        """Queues on the current stream where the next lot's parts begin, in bytes."""
+        count = len(offsets_N)
         self._host_starts[:count] = torch.from_numpy(offsets_N // 8)
         self._starts[:count].copy_(self._host_starts[:count], non_blocking=True)
+
+    def start(self, first: int, stop: int) -> None:
+        """Queues the hashing of the lot's parts [first, stop) on the current stream."""
+        size = self._part_bytes
         num_blocks = (size - 1) // 1024
-        _hash[(triton.cdiv(count, _PARTS),)](
-            self._words, self._starts, self._keys, self._hashes, count, num_blocks, (size - 1 - 1024 * num_blocks) // 64,
+        _hash[(triton.cdiv(stop - first, _PARTS),)](
+            self._words, self._starts, self._keys, self._hashes, first, stop, num_blocks, (size - 1 - 1024 * num_blocks) // 64,
             size // 8 - _STRIPE_WORDS, PARTS=_PARTS, num_warps=1,
         )  # fmt: skip
-        self._host_hashes[:count].copy_(self._hashes[:count], non_blocking=True)
+        self._host_hashes[first:stop].copy_(self._hashes[first:stop], non_blocking=True)
 
     def finish(self, count: int) -> np.ndarray:
-        """The hashes of the `count` parts, uint64, once the stream has come so far."""
+        """The hashes of the lot's `count` parts, uint64, once the streams have come so far."""
         return self._host_hashes[:count].numpy().view(np.uint64)

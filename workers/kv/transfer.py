@@ -129,7 +129,8 @@ class CudaMover:
         self._lane = lane
         self._page_bytes = pool.layout.page_bytes
         self._address: int = pool.tensor.data_ptr()
-        self._stream = torch.cuda.Stream(pool.tensor.device, priority=-1)  # hashing must not wait behind a forward pass
+        self._stream = torch.cuda.Stream(pool.tensor.device)
+        self._hash_stream = torch.cuda.Stream(pool.tensor.device, priority=-1)  # hashing must not wait behind a forward pass
         self.arrivals = [torch.cuda.Event() for _ in lane.runs]
         self._dma = Dma()
         self._hasher = self._make_hasher()
@@ -146,9 +147,10 @@ class CudaMover:
             return None
         max_parts = self._lane.max_batch * span.num_parts
         hasher = PartHasher(self._pool.tensor.view(self._torch.uint8).flatten(), span.part_bytes, max_parts)
-        with self._torch.cuda.stream(self._stream):
-            hasher.start(np.zeros(span.num_parts, np.int64))
-        self._stream.synchronize()
+        with self._torch.cuda.stream(self._hash_stream):
+            hasher.put(np.zeros(span.num_parts, np.int64))
+            hasher.start(0, span.num_parts)
+        self._hash_stream.synchronize()
         return hasher
 
     def start(self, copies: list[BlockCopy], mapping: ArenaMapping) -> None:
@@ -156,11 +158,13 @@ class CudaMover:
         pages = np.array([copy.page for copy in copies], np.int64)
         if (pages < 0).any() or (pages >= self._pool.num_pages).any():
             raise IndexError(f"there is no page {pages.min()} or {pages.max()}")
-        if is_save:
-            self._start_hashes(pages)
         offsets = np.array([copy.offset for copy in copies], np.int64)
         for first in (offsets + span.slot_start).tolist():
             mapping.register(first, first + span.num_bytes)
+        self._put_parts(pages)
+        if is_save:
+            self._start_hashes(0, len(pages) * span.num_parts)
+        num_arrived = 0
         for run, arrival in zip(self._lane.runs, self.arrivals, strict=True):
             slots = offsets + run.slot_start
             shifts = self._address + pages * self._page_bytes + run.page_start - slots
@@ -169,23 +173,34 @@ class CudaMover:
             source, target = (device, host) if is_save else (host, device)
             self._dma.copy(target, source, sizes, self._stream.cuda_stream, to_host=is_save)
             arrival.record(self._stream)
-        if not is_save:
-            self._start_hashes(pages)
+            if not is_save:
+                self._hash_stream.wait_event(arrival)
+                self._start_hashes(num_arrived, num_arrived + len(pages) * run.num_parts)
+                num_arrived += len(pages) * run.num_parts
 
-    def _start_hashes(self, pages: np.ndarray) -> None:
+    def _put_parts(self, pages: np.ndarray) -> None:
+        """Where the parts to be hashed lie: those of all pages' first run, then those of the second."""
         if self._hasher is not None:
-            span = self._lane.span
-            parts = span.page_start + np.arange(span.num_parts)[None, :] * span.part_bytes
-            with self._torch.cuda.stream(self._stream):
-                self._hasher.start((pages[:, None] * self._page_bytes + parts).ravel())
+            firsts = pages[:, None] * self._page_bytes
+            parts = [run.page_start + np.arange(run.num_parts)[None, :] * run.part_bytes for run in self._lane.runs]
+            with self._torch.cuda.stream(self._hash_stream):
+                self._hasher.put(np.concatenate([(firsts + columns).ravel() for columns in parts]))
+
+    def _start_hashes(self, first: int, stop: int) -> None:
+        if self._hasher is not None:
+            with self._torch.cuda.stream(self._hash_stream):
+                self._hasher.start(first, stop)
 
     def finish(self, copies: list[BlockCopy], mapping: ArenaMapping) -> list[bytes]:
         self._stream.synchronize()
         span = self._lane.span
         if self._hasher is None:
             return [_hash_slot(copy, mapping, span) for copy in copies]
-        data, width = self._hasher.finish(len(copies) * span.num_parts).astype("<u8").tobytes(), _CHECKSUM_BYTES * span.num_parts
-        return [data[start : start + width] for start in range(0, len(data), width)]
+        self._hash_stream.synchronize()
+        hashes = self._hasher.finish(len(copies) * span.num_parts).astype("<u8")
+        bounds = np.cumsum([len(copies) * run.num_parts for run in self._lane.runs])
+        runs = [part.reshape(len(copies), -1) for part in np.split(hashes, bounds[:-1])]
+        return [row.tobytes() for row in np.concatenate(runs, axis=1)]
 
 
 class PageCopier:
