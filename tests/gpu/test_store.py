@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.usefixtures("digest_cache"),
 ]
 
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 NUM_OUTPUTS = 32
 CHUNK, OTHER_CHUNK = 37, 64  # tokens of a step
 OUTPUTS_SCORED = GREEDY._replace(num_logprobs=ALL_LOGPROBS)
@@ -203,9 +204,16 @@ def check_bfloat16(
 
 
 def check_float32(
-    pool: RankPool, start_store: Callable[..., StoreProcess], checkpoints: Any, name: str, device: str, backend: str = "torch_paged"
+    pool: RankPool,
+    start_store: Callable[..., StoreProcess],
+    checkpoints: Any,
+    name: str,
+    device: str,
+    backend: str = "torch_paged",
+    *,
+    tp: int = 1,
 ) -> None:
-    worker = worker_config(checkpoints.folder(name), device=device, dtype="float32", attention_backend=backend)
+    worker = worker_config(checkpoints.folder(name), tp, device=device, dtype="float32", attention_backend=backend)
     for case in run_cases(pool, start_store, worker, [list(prompt) for prompt in PARITY_PROMPTS]):
         expected = checkpoints.expected(name, tuple(case.prompt), NUM_OUTPUTS)
         outputs = expected.scores[-NUM_OUTPUTS:]
@@ -222,17 +230,17 @@ def check_float32(
             np.testing.assert_allclose(actual, oracle, atol=1e-3, rtol=0)
 
 
-def check_embedded(pool: RankPool, start_store: Callable[..., StoreProcess], name: str, device: str, backend: str) -> None:
+def check_embedded(pool: RankPool, start_store: Callable[..., StoreProcess], name: str, device: str, backend: str, *, tp: int = 1) -> None:
     """Text that the model has not seen: nearly six blocks of it, and exactly five."""
     folder = embedded.folder(name)
     worker = worker_config(
-        folder, device=device, dtype="bfloat16", attention_backend=backend, block_size=None, kv_memory_bytes=64 << 20, max_model_len=1024,
-        max_num_batched_tokens=OTHER_CHUNK,
+        folder, tp, device=device, dtype="bfloat16", attention_backend=backend, block_size=None, kv_memory_bytes=64 << 20,
+        max_model_len=1024, max_num_batched_tokens=OTHER_CHUNK,
     )  # fmt: skip
     block_size = DEFAULT_BLOCK_SIZE[load_model_config(folder).codec]
     prompts = [list(embedded.held_out("csv")[: 6 * block_size - 5]), list(embedded.held_out("heapq")[: 5 * block_size])]
     cases = run_cases(pool, start_store, worker, prompts)
-    judge(f"{name} {backend}", cases, lambda tokens: embedded.log_softmax(name, tokens), is_routed=is_routed(folder))
+    judge(f"{name} {backend} tp {tp}", cases, lambda tokens: embedded.log_softmax(name, tokens), is_routed=is_routed(folder))
 
 
 def is_routed(folder: Path) -> bool:
@@ -255,3 +263,17 @@ def test_bfloat16_is_warm_what_it_is_cold(pool: RankPool, start_store: Callable[
 def test_the_fast_path_is_warm_what_it_is_cold(pool: RankPool, start_store: Callable[..., StoreProcess], name: str) -> None:
     """By name, since "auto" would take the slower backend where it cannot have this one."""
     check_embedded(pool, start_store, name, "cuda", "flashinfer")
+
+
+@needs_two
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_float32_gives_the_tokens_of_transformers_on_two_gpus(
+    pool: RankPool, start_store: Callable[..., StoreProcess], checkpoints: Any, name: str
+) -> None:
+    check_float32(pool, start_store, checkpoints, name, "cuda", tp=2)
+
+
+@needs_two
+@pytest.mark.parametrize("name", embedded.NAMES)
+def test_the_fast_path_is_warm_what_it_is_cold_on_two_gpus(pool: RankPool, start_store: Callable[..., StoreProcess], name: str) -> None:
+    check_embedded(pool, start_store, name, "cuda", "flashinfer", tp=2)
