@@ -1,7 +1,7 @@
 """`make bench-gpu`: what serving on one GPU is judged by, for two model shapes, alone or beside a peer on the same weights.
 
 usage: python -m tests.bench.gpu_bench [--shape llama8b --shape dsv2lite] [--peer vllm] [--only decode,prefill,...,restore]
-           [--checkpoints FOLDER] [--budget SECONDS] [--out FILE.json] [--chart FILE.png]
+           [--tensor-parallel-size N] [--checkpoints FOLDER] [--budget SECONDS] [--out FILE.json] [--chart FILE.png]
        python -m tests.bench.gpu_bench --draw FILE.json --chart FILE.png
 
 Every system runs in processes of its own: one for the workloads of serving, one for those with a store. What is known is written to --out
@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", choices=sorted(set(SYSTEMS) - {OURS}), help="measure it beside ours")
     parser.add_argument("--system", action="append", choices=sorted(SYSTEMS), help="measure these; ours unless given")
     parser.add_argument("--only", default=",".join(ALL), help="workloads, separated by commas")
+    parser.add_argument("--tensor-parallel-size", "--tp", type=int, default=1, metavar="N", help="devices of an engine, and of the peer's")
     parser.add_argument("--load", choices=("dummy", "checkpoint"), help="made-up weights (the default for ours alone), or files")
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="of checkpoints by shape, written once; else a temporary one")
     parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="workloads that would begin later are skipped")

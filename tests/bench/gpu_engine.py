@@ -1,4 +1,4 @@
-"""One engine over one real rank process, driven in this process: our side of the GPU benchmarks."""
+"""One engine over real rank processes, driven in this process: our side of the GPU benchmarks."""
 
 from __future__ import annotations
 
@@ -134,20 +134,22 @@ def _await(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, load_format: str) -> Iterator[GpuEngine]:
+def serving(folder: Path, load_format: str, tensor_parallel_size: int = 1) -> Iterator[GpuEngine]:
     """With as many pages as the card holds, and no store."""
-    worker = WorkerConfig(str(folder), load_format=load_format, device=DEVICE, max_model_len=MAX_MODEL_LEN)
+    worker = WorkerConfig(str(folder), tensor_parallel_size, load_format=load_format, device=DEVICE, max_model_len=MAX_MODEL_LEN)
     with _running(worker, None) as system:
         yield system
 
 
 @contextlib.contextmanager
-def storing(folder: Path, load_format: str, watch: Watch | None = None) -> Iterator[GpuEngine]:
+def storing(folder: Path, load_format: str, tensor_parallel_size: int = 1, watch: Watch | None = None) -> Iterator[GpuEngine]:
     """With pages for POOL_TOKENS, and a store that `attach_store` makes known. `watch`: wraps the group, and makes the port."""
     config = load_model_config(folder)
-    layout = page_layout(config, block_size=None, dtype=config.dtype, tensor_parallel_size=1, rank=0)
+    layout = page_layout(config, block_size=None, dtype=config.dtype, tensor_parallel_size=tensor_parallel_size, rank=0)
     pool_bytes = POOL_TOKENS // layout.block_size * layout.page_bytes
-    worker = WorkerConfig(str(folder), load_format=load_format, device=DEVICE, max_model_len=MAX_MODEL_LEN, kv_memory_bytes=pool_bytes)
+    worker = WorkerConfig(
+        str(folder), tensor_parallel_size, load_format=load_format, device=DEVICE, max_model_len=MAX_MODEL_LEN, kv_memory_bytes=pool_bytes
+    )
     secret = secrets.token_hex(8)
     with StoreProcess(StoreConfig(memory_bytes=STORE_BYTES, secret=secret)) as store:
         address = store.start(STORE_START_TIMEOUT_S)
@@ -161,8 +163,8 @@ def storing(folder: Path, load_format: str, watch: Watch | None = None) -> Itera
 def _running(
     worker: WorkerConfig, port: LateStore | None, wrap: Callable[[RankGroup], WorkerGroup] = lambda group: group
 ) -> Iterator[GpuEngine]:
-    secret = secrets.token_hex(8)
-    with GroupListener(1, secret=secret) as listener, spawn_ranks(listener.address, 1, secret) as ranks:
+    secret, tp = secrets.token_hex(8), worker.tensor_parallel_size
+    with GroupListener(tp, secret=secret) as listener, spawn_ranks(listener.address, tp, secret) as ranks:
         with listener.accept(120.0, ranks.check) as group:
             group.load(worker, _Phases().show, LOAD_TIMEOUT_S)
             system = GpuEngine(port)
@@ -188,6 +190,6 @@ class _Phases:
         self._began_s: dict[str, float] = {}
 
     def show(self, rank: int, phase: str, done: int, total: int) -> None:
-        if done in (0, total):
+        if not rank and done in (0, total):
             began_s = self._began_s.setdefault(phase, time.perf_counter())
             print(f"  {phase} {done}/{total} at {time.perf_counter() - began_s:.1f} s", file=sys.stderr, flush=True)

@@ -94,19 +94,20 @@ class VllmEngine:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, load_format: str) -> Iterator[VllmEngine]:
-    with _running(folder, load_format) as system:
+def serving(folder: Path, load_format: str, tensor_parallel_size: int = 1) -> Iterator[VllmEngine]:
+    with _running(folder, load_format, tensor_parallel_size=tensor_parallel_size) as system:
         yield system
 
 
 @contextlib.contextmanager
-def storing(folder: Path, load_format: str) -> Iterator[VllmEngine]:
+def storing(folder: Path, load_format: str, tensor_parallel_size: int = 1) -> Iterator[VllmEngine]:
     """With its native offloading to host memory, and as many tokens in pages as our engine beside a store. The block size is said too, so
     that the number of blocks means that."""
     block_size = DEFAULT_BLOCK_SIZE[load_model_config(folder).codec]
     with _running(
         folder,
         load_format,
+        tensor_parallel_size=tensor_parallel_size,
         block_size=block_size,
         num_gpu_blocks_override=POOL_TOKENS // block_size,
         kv_offloading_size=OFFLOAD_GIB,

@@ -80,12 +80,12 @@ def run(system: Any, workloads: Workloads, names: list[str], outcome: Outcome, c
 
 
 @contextlib.contextmanager
-def loaded(system: str, folder: Path, load_format: str, names: list[str]) -> Iterator[Any]:
+def loaded(system: str, folder: Path, load_format: str, names: list[str], tensor_parallel_size: int = 1) -> Iterator[Any]:
     """ValueError when the workloads want different engines."""
     kinds = {kind for kind, group in (("serving", SERVING), ("storing", STORING)) for name in names if name in group}
     if len(kinds) != 1:
         raise ValueError(f"{', '.join(names)}: of one of {SERVING} and {STORING} only")
-    with getattr(importlib.import_module(SYSTEMS[system]), kinds.pop())(folder, load_format) as running:
+    with getattr(importlib.import_module(SYSTEMS[system]), kinds.pop())(folder, load_format, tensor_parallel_size) as running:
         yield running
 
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument("--folder", type=Path, required=True, help="with config.json, and weights unless they are made up")
     parser.add_argument("--load-format", choices=("safetensors", "dummy"), default="dummy")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--only", required=True, help="workloads, separated by commas")
     parser.add_argument("--long-streams", type=int, default=16, help="streams of the long decode")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds from --began after which no workload begins")
@@ -107,7 +108,7 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"[{arguments.shape} {arguments.system} {clock.age_s:.0f} s] {text}", file=sys.stderr, flush=True)
 
-    with loaded(arguments.system, arguments.folder, arguments.load_format, names) as system:
+    with loaded(arguments.system, arguments.folder, arguments.load_format, names, arguments.tensor_parallel_size) as system:
         outcome.found["figures"]["start_s" if names[0] in SERVING else "start_storing_s"] = clock.age_s
         workloads = Workloads(system, int(SHAPES[arguments.shape]["vocab_size"]), arguments.long_streams)
         run(system, workloads, names, outcome, clock, say)

@@ -2,7 +2,7 @@
 
 results   card
           shapes: by shape      systems: by system, by kind of engine (serving, storing): what `gpu_run.Outcome` writes
-                                limits, rows: computed from those
+                                limits, rows: computed from those; limits are of one card
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Session:
         self._budget = Budget(arguments.budget)
         self._base_mib = used_memory_mib()
         self._num_long_streams = 8
-        self.results: dict[str, Any] = {"card": {}, "load": arguments.load, "shapes": {}}
+        self._tp: int = arguments.tensor_parallel_size
+        self.results: dict[str, Any] = {"card": {}, "load": arguments.load, "tensor_parallel_size": self._tp, "shapes": {}}
 
     def run(self) -> None:
         self._measure_card()
@@ -69,7 +70,11 @@ class Session:
         """Rows, and what is missing."""
         entry, peer = self.results["shapes"][shape], next((system for system in self._arguments.system if system != OURS), "")
         lines = [
-            table(f"\n{shape} on {self.results['card'].get('name', 'an unknown card')}", compare(figures_of(entry), entry["limits"]), peer)
+            table(
+                f"\n{shape} on {self._tp} {self.results['card'].get('name', 'unknown card')}",
+                compare(figures_of(entry), entry["limits"]),
+                peer,
+            )
         ]
         for system, kinds in entry["systems"].items():
             for outcome in kinds.values():
@@ -111,7 +116,8 @@ class Session:
         if card := self.results["card"]:
             config = load_model_config(folder)
             self._num_long_streams = num_long_streams(config, card["memory_bytes"])
-            entry["limits"] = limits(config, Card(*(card[name] for name in Card._fields)), self._num_long_streams)
+            if self._tp == 1:
+                entry["limits"] = limits(config, Card(*(card[name] for name in Card._fields)), self._num_long_streams)
         return True
 
     def _measure(self, system: str, shape: str, folder: Path, kind: str, names: list[str]) -> dict[str, Any]:
@@ -123,7 +129,7 @@ class Session:
         path = self._scratch / f"{shape}.{system}.{kind}.json"
         arguments = ["--system", system, "--shape", shape, "--folder", str(folder), "--only", ",".join(names), "--out", str(path)]
         arguments += ["--load-format", "safetensors" if self._arguments.load == "checkpoint" else "dummy"]
-        arguments += ["--long-streams", str(self._num_long_streams)]
+        arguments += ["--long-streams", str(self._num_long_streams), "--tensor-parallel-size", str(self._tp)]
         arguments += ["--budget", str(self._budget.left_s), "--began", str(time.time())]
 
         def take() -> bool:
