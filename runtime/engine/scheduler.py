@@ -32,6 +32,7 @@ from workers.step import BlockCopy, NewRow, StepPlan, StepRow
 
 SHORT_SHARE = 4  # 1/4 of a step's prompt tokens goes to prompts shorter than the one in front, while there are any
 BACKLOG_STEPS = 16  # prompts that wait may take more of a step that also gives outputs, so that no more such steps than this pass first
+BACKLOG_FADES = 0.985  # a step: as fewer prompts are left to wait, steps keep nearly the size they began with
 PADDED_TO = 128  # tokens: a GPU pads steps to multiples of this, and long ones of twice as many, and computes the padding too
 SHORT_LOOKAHEAD = 16  # waiting requests that are looked at for that
 
@@ -82,6 +83,7 @@ class Scheduler:
         self._rows_out: list[int] = []
         self._row_ids = itertools.count(1)
         self._waiting_tokens = 0
+        self._backlog = 0.0  # tokens; the most that have waited of late
         self._running_prompt_tokens = 0
         self._no_room: tuple[LiveRequest, int] | None = None  # the request that had no room, and blocks.num_changes then
 
@@ -165,7 +167,8 @@ class Scheduler:
 
     def _beside_outputs(self, num_outputs: int) -> int:
         """Prompt tokens of a step with so many outputs."""
-        share = max(self._config.max_prompt_tokens_beside_outputs, self._waiting_tokens // BACKLOG_STEPS)
+        self._backlog = max(self._waiting_tokens, BACKLOG_FADES * self._backlog) if self._waiting_tokens else 0.0
+        share = max(self._config.max_prompt_tokens_beside_outputs, int(self._backlog) // BACKLOG_STEPS)
         total = num_outputs + share
         rest = total % (PADDED_TO if total < 8 * PADDED_TO else 2 * PADDED_TO)
         return share - rest if rest < share else share

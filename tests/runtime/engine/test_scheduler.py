@@ -452,3 +452,23 @@ def test_prompts_that_wait_may_take_more_beside_outputs() -> None:
     for number in range(4):
         bench.add(f"long {number}", 8000)
     assert sum((bench.step() or {}).values()) == 1792, "1 + 4 * 8000 / BACKLOG_STEPS, less what would be padded"
+
+
+def test_a_backlog_is_drained_in_steps_of_nearly_one_size() -> None:
+    """Rather than in ever smaller ones. The next prompts begin small again."""
+    bench = prompt_bench(max_prompt_tokens_beside_outputs=128)
+    bench.add("running", 4, max_tokens=500)
+    bench.step()
+    for number in range(64):
+        bench.add(f"prompt {number}", 500, max_tokens=1)
+    sizes = []
+    while bench.scheduler.waiting:
+        sizes.append(sum((bench.step() or {}).values()))
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+    assert sizes[0] == 1792
+    assert min(sizes[:-1]) >= 1024, "a sixteenth of what was left would have been 128 tokens in the end"
+    assert len(sizes) == 20, "not 67"
+    bench.step()
+    for number in range(3):
+        bench.add(f"late {number}", 500, max_tokens=1)
+    assert sum((bench.step() or {}).values()) == 128
