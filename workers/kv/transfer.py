@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BATCH = {"cpu": 16, "cuda": 64}  # copies that a thread starts before it waits for the first
-MAX_LAYERED_BATCH = 256  # where pages arrive layer by layer: the first layers of a prefix are in place before the last of any of its blocks
+MAX_LAYERED_BATCH = 256  # on one thread where pages arrive layer by layer: the first layers of all blocks before the last ones of any
 MAX_QUEUED_BATCHES = 4096  # of each kind
 NUM_LOAD_THREADS = 2  # the next batch is queued while one is under way; on the CPU the cores belong to the forward pass
 _JOIN_TIMEOUT_S = 10.0
@@ -230,11 +230,12 @@ class PageCopier:
         num_loaders = num_load_threads or NUM_LOAD_THREADS
         runs = [self._span(layout, run.parts.start, len(run.parts)) for run in layout.load_runs]
         max_batch = MAX_BATCH["cuda" if self._on_cuda else "cpu"]
-        max_load_batch = MAX_LAYERED_BATCH if self._on_cuda and len(runs) > 1 else max_batch
         loaded = self._span(layout, layout.first_part, layout.num_parts)
         written = self._span(layout, layout.first_written_part, layout.num_written_parts)
-        self._loads = _Lane(loaded, runs, False, num_loaders, max_load_batch, max_queued_batches)
+        self._loads = _Lane(loaded, runs, False, num_loaders, max_batch, max_queued_batches)
         self._saves = _Lane(written, [written], True, max(1, num_loaders // 4), max_batch, max_queued_batches)
+        if self._on_cuda and len(runs) > 1:
+            self._loads.max_batch, self._loads.num_sharing = MAX_LAYERED_BATCH, 1
         movers = [(lane, self._make_mover(lane)) for lane in (self._loads, self._saves) for _ in range(lane.num_threads)]
         self._load_movers = [mover for lane, mover in movers if lane is self._loads]
         self._threads = [
@@ -427,6 +428,7 @@ class _Lane:
         self.runs = runs
         self.is_save = is_save
         self.num_threads = num_threads
+        self.num_sharing = num_threads  # of them share copies that come together
         self.max_batch = max_batch
         self.batches: queue.Queue[_Batch | None] = queue.Queue(max_queued_batches)
         self.num_put = 0
@@ -435,8 +437,7 @@ class _Lane:
         self.open: set[int] = set()  # until their results are there
 
     def batch_size(self, num_copies: int) -> int:
-        """Copies that come together are shared out to the threads, unless some layers of all of them are to arrive first."""
-        return min(self.max_batch, num_copies if len(self.runs) > 1 else -(-num_copies // self.num_threads)) or 1
+        return min(self.max_batch, -(-num_copies // self.num_sharing)) or 1
 
     def put(self, batch: _Batch) -> bool:
         """False where the queue is full."""
