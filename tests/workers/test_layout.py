@@ -79,13 +79,35 @@ def test_page_shapes_and_defaults():
     assert layouts(GQA, 1)[0].store.digest() != layouts(GQA, 1, "bfloat16")[0].store.digest()
 
 
-def test_pages_are_loaded_a_run_of_layers_after_the_other_where_layers_are_parts():
+@pytest.mark.parametrize("config", [GQA, CUT_GROUPS, MLA, dataclasses.replace(MLA, num_layers=27)])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_pages_are_loaded_a_run_of_layers_after_the_other(config, tp, monkeypatch):
+    """Every byte once, and with a run the last bytes of the layers before the next one's first."""
+    monkeypatch.setattr("workers.kv.layout._MIN_PIECE_BYTES", 1)
+    for layout in layouts(config, tp):
+        runs = layout.load_runs
+        assert len(runs) == min(4, config.num_layers)
+        layers = [*(run.first_layer for run in runs), config.num_layers]
+        assert layers == sorted(set(layers))
+        assert [part for run in runs for part in run.parts] == list(range(layout.num_parts))
+        page = np.zeros(layout.page_bytes, np.uint8)
+        by_layer = page.reshape(*([1] if config.mla else []), *layout.page_shape[: 1 if config.mla else 2], -1)  # [heads, layers, bytes]
+        for run, end in zip(runs, layers[1:], strict=True):
+            for start in run.starts:
+                assert not page[start : start + run.num_bytes].any()
+                page[start : start + run.num_bytes] = 1
+            assert by_layer[:, :end].all()
+            assert not by_layer[:, end:].any()
+            for part in run.parts:
+                assert page.reshape(layout.num_parts, -1)[part].all()
+
+
+def test_pieces_are_not_cut_too_short(monkeypatch):
     (run,) = layouts(GQA, 2)[1].load_runs
-    assert (run.first_layer, run.parts) == (0, range(2, 4)), "every head has something of every layer"
-    runs = layouts(dataclasses.replace(MLA, num_layers=27), 2)[1].load_runs
-    assert [(run.first_layer, len(run.parts)) for run in runs] == [(0, 6), (6, 7), (13, 7), (20, 7)]
-    assert [part for run in runs for part in run.parts] == list(range(27))
-    assert [run.parts for run in layouts(dataclasses.replace(MLA, num_layers=2), 1)[0].load_runs] == [range(1), range(1, 2)]
+    assert run == (0, (0,), layouts(GQA, 2)[1].page_bytes, range(2))
+    layout = layouts(MLA, 1)[0]
+    monkeypatch.setattr("workers.kv.layout._MIN_PIECE_BYTES", layout.page_bytes // 2)
+    assert [run.first_layer for run in layout.load_runs] == [0, 2]
 
 
 def test_page_bytes_are_the_page():

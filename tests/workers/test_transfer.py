@@ -430,7 +430,8 @@ class HostHasher:
 @pytest.mark.parametrize("store", [GQA, MLA], ids=["gqa", "mla"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_what_a_gpu_is_told_to_do(store: Layout, tp: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run of layers after the other, each hashed as it arrives, and what is hashed run by run is told block by block."""
+    """One run of layers after the other, parts hashed as they are whole, and what is hashed run by run is told block by block."""
+    monkeypatch.setattr("workers.kv.layout._MIN_PIECE_BYTES", 1)
     arena = Arena(folder / "arena", store.block_bytes)
     blocks = [random_block(store, seed) for seed in range(3)]
     for index, block in enumerate(blocks):
@@ -456,12 +457,13 @@ def test_what_a_gpu_is_told_to_do(store: Layout, tp: int, folder: Path, monkeypa
     load.start(copies, mapping)
     first, stop = 8 * layout.first_part, 8 * (layout.first_part + layout.num_parts)
     assert load.finish(copies, mapping) == [checksums_of(block, store)[first:stop] for block in blocks]
-    assert len(events) == len(load.arrivals) == len(layout.load_runs)
+    assert len(events) == len(load.arrivals) == len(layout.load_runs) > 2
+    expected = np.zeros((len(blocks), layout.page_bytes), np.uint8)
     for run, pages in zip(layout.load_runs, events, strict=True):
-        arrived = (run.parts.stop - layout.first_part) * store.part_bytes
-        for block, page in zip(blocks, pages, strict=True):
-            assert page[:arrived] == part_of(block, layout).tobytes()[:arrived]
-            assert not any(page[arrived:])
+        for block, page in zip(blocks, expected, strict=True):
+            for start in run.starts:
+                page[start : start + run.num_bytes] = part_of(block, layout)[start : start + run.num_bytes]
+        assert pages == [page.tobytes() for page in expected]
 
     save = CudaMover(rank.pool, rank.copier._saves)
     copies = [arena.copy(index, index + 1, 2 * index + 1) for index in range(3)]
@@ -482,6 +484,7 @@ def test_what_a_gpu_is_told_to_do(store: Layout, tp: int, folder: Path, monkeypa
 @pytest.mark.parametrize("store", [GQA, MLA], ids=["gqa", "mla"])
 def test_a_captured_pass_reads_each_layer_when_it_is_there(store: Layout, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With copies that are held up in front of every run of layers. A pass that waits for nothing goes through at once."""
+    monkeypatch.setattr("workers.kv.layout._MIN_PIECE_BYTES", 1)
     device = torch.device("cuda")
     arena, block = Arena(folder / "arena", store.block_bytes), random_block(store, 1)
     arena.slot(3)[: store.block_bytes] = block

@@ -18,14 +18,17 @@ from cache_store.keys import DTYPE_BYTES, Layout
 from workers.models.config import ModelConfig, check_tensor_parallel, kv_heads_of_rank
 
 DEFAULT_BLOCK_SIZE = {"gqa": 16, "mla": 64}  # tokens
-_NUM_LOAD_RUNS = 4  # a forward pass begins when the first is there; each costs a copy more per page
+_MAX_LOAD_RUNS = 4  # a forward pass begins when the first is there
+_MIN_PIECE_BYTES = 256 << 10  # shorter copies do not keep the link busy
 
 
 class LoadRun(NamedTuple):
-    """Parts that are loaded together. With those of the runs before they hold all of the layers before the next run's first."""
+    """What of a page is loaded together. With the runs before it holds all of the layers before the next run's first."""
 
     first_layer: int
-    parts: range
+    starts: tuple[int, ...]  # in bytes, where its pieces begin
+    num_bytes: int  # of each
+    parts: range  # of the page's, which are whole with this run
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +55,33 @@ class PageLayout:
 
     @property
     def load_runs(self) -> list[LoadRun]:
-        """In the order in which they are loaded. Where every part has something of every layer there is one."""
-        parts = range(self.first_part, self.first_part + self.num_parts)
-        if self.store.codec != "mla":
-            return [LoadRun(0, parts)]
-        count = min(_NUM_LOAD_RUNS, self.num_parts)
-        bounds = [self.num_parts * run // count for run in range(count + 1)]
-        return [LoadRun(parts[first], parts[first:last]) for first, last in itertools.pairwise(bounds)]
+        """In the order in which they are loaded, as many as their pieces are long enough for."""
+        parts, part_bytes = range(self.num_parts), self.store.part_bytes
+        if self.store.codec == "mla":
+            return [
+                LoadRun(run.start, (run.start * part_bytes,), len(run) * part_bytes, run) for run in _cut(self.num_parts, self.page_bytes)
+            ]
+        num_layers = self.store.part_shape[0]
+        first, *more = _cut(num_layers, part_bytes)
+        if not more:
+            return [LoadRun(0, (0,), self.page_bytes, parts)]
+        layer_bytes, last = part_bytes // num_layers, more[-1]
+        return [
+            LoadRun(
+                run.start,
+                tuple(part * part_bytes + run.start * layer_bytes for part in parts),
+                len(run) * layer_bytes,
+                parts if run == last else range(0),
+            )
+            for run in (first, *more)
+        ]
+
+
+def _cut(num_layers: int, num_bytes: int) -> list[range]:
+    """Runs of the layers that lie one after the other in so many bytes."""
+    count = max(1, min(_MAX_LOAD_RUNS, num_layers, num_bytes // _MIN_PIECE_BYTES))
+    bounds = [num_layers * run // count for run in range(count + 1)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def page_layout(config: ModelConfig, *, block_size: int | None, dtype: str, tensor_parallel_size: int, rank: int) -> PageLayout:

@@ -32,6 +32,7 @@ import numpy as np
 import xxhash
 
 from workers.kv.dma import Dma
+from workers.kv.layout import LoadRun
 from workers.kv.mapping import ArenaMapping
 from workers.kv.registration import CudaHostMemory, HostMemory, pieces_of
 from workers.step import ArenaSpec, BlockCopy, CopyResult
@@ -164,25 +165,26 @@ class CudaMover:
         self._put_parts(pages)
         if is_save:
             self._start_hashes(0, len(pages) * span.num_parts)
-        num_arrived = 0
+        num_whole = 0
         for run, arrival in zip(self._lane.runs, self.arrivals, strict=True):
-            slots = offsets + run.slot_start
-            shifts = self._address + pages * self._page_bytes + run.page_start - slots
+            begins = np.array(run.starts, np.int64)
+            slots = (offsets[:, None] + (span.slot_start - span.page_start + begins)[None, :]).ravel()
+            shifts = (self._address + pages[:, None] * self._page_bytes + begins[None, :]).ravel() - slots
             starts, sizes, owners = pieces_of(slots, run.num_bytes)
             host, device = mapping.address + starts, shifts[owners] + starts
             source, target = (device, host) if is_save else (host, device)
             self._dma.copy(target, source, sizes, self._stream.cuda_stream, to_host=is_save)
             arrival.record(self._stream)
-            if not is_save:
+            if run.parts and not is_save:
                 self._hash_stream.wait_event(arrival)
-                self._start_hashes(num_arrived, num_arrived + len(pages) * run.num_parts)
-                num_arrived += len(pages) * run.num_parts
+                self._start_hashes(num_whole, num_whole + len(pages) * len(run.parts))
+                num_whole += len(pages) * len(run.parts)
 
     def _put_parts(self, pages: np.ndarray) -> None:
-        """Where the parts to be hashed lie: those of all pages' first run, then those of the second."""
+        """Where the parts to be hashed lie: those that are whole with the first run, of all pages, then with the second."""
         if self._hasher is not None:
             firsts = pages[:, None] * self._page_bytes
-            parts = [run.page_start + np.arange(run.num_parts)[None, :] * run.part_bytes for run in self._lane.runs]
+            parts = [np.array(run.parts, np.int64)[None, :] * self._lane.span.part_bytes for run in self._lane.runs]
             with self._torch.cuda.stream(self._hash_stream):
                 self._hasher.put(np.concatenate([(firsts + columns).ravel() for columns in parts]))
 
@@ -198,7 +200,7 @@ class CudaMover:
             return [_hash_slot(copy, mapping, span) for copy in copies]
         self._hash_stream.synchronize()
         hashes = self._hasher.finish(len(copies) * span.num_parts).astype("<u8")
-        bounds = np.cumsum([len(copies) * run.num_parts for run in self._lane.runs])
+        bounds = np.cumsum([len(copies) * len(run.parts) for run in self._lane.runs])
         runs = [part.reshape(len(copies), -1) for part in np.split(hashes, bounds[:-1])]
         return [row.tobytes() for row in np.concatenate(runs, axis=1)]
 
@@ -228,12 +230,14 @@ class PageCopier:
         self._closing = False
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         num_loaders = num_load_threads or NUM_LOAD_THREADS
-        runs = [self._span(layout, run.parts.start, len(run.parts)) for run in layout.load_runs]
+        runs = layout.load_runs
         max_batch = MAX_BATCH["cuda" if self._on_cuda else "cpu"]
         loaded = self._span(layout, layout.first_part, layout.num_parts)
         written = self._span(layout, layout.first_written_part, layout.num_written_parts)
         self._loads = _Lane(loaded, runs, False, num_loaders, max_batch, max_queued_batches)
-        self._saves = _Lane(written, [written], True, max(1, num_loaders // 4), max_batch, max_queued_batches)
+        first_written = layout.first_written_part - layout.first_part
+        whole = LoadRun(0, (written.page_start,), written.num_bytes, range(first_written, first_written + written.num_parts))
+        self._saves = _Lane(written, [whole], True, max(1, num_loaders // 4), max_batch, max_queued_batches)
         if self._on_cuda and len(runs) > 1:
             self._loads.max_batch, self._loads.num_sharing = MAX_LAYERED_BATCH, 1
         movers = [(lane, self._make_mover(lane)) for lane in (self._loads, self._saves) for _ in range(lane.num_threads)]
@@ -420,10 +424,12 @@ class PageCopier:
 
 
 class _Lane:
-    """One direction: its bounded queue, and what each copy moves, in runs one after the other. None in the queue ends the threads, one
-    after the other."""
+    """One direction: its bounded queue, and what each copy moves, on a GPU in runs one after the other.
 
-    def __init__(self, span: _Span, runs: list[_Span], is_save: bool, num_threads: int, max_batch: int, max_queued_batches: int) -> None:
+    None in the queue ends the threads, one after the other.
+    """
+
+    def __init__(self, span: _Span, runs: list[LoadRun], is_save: bool, num_threads: int, max_batch: int, max_queued_batches: int) -> None:
         self.span = span
         self.runs = runs
         self.is_save = is_save
