@@ -58,7 +58,7 @@ class ServeSettings:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None  # of one step; None: 8192 on CUDA, 2048 on the CPU
-    max_prompt_tokens_beside_outputs: int = 768  # of a step that gives a running request a token
+    max_prompt_tokens_beside_outputs: int | None = None  # of a step that gives a running request a token; None: 768, with experts 1,536
     max_queued_requests: int = 4096
     max_queued_tokens: int = 4_000_000
     max_message_size: int = 16 << 20

@@ -84,6 +84,7 @@ class EchoRunner:
             "compute_dtype": "float32",
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS,
+            "max_prompt_tokens_beside_outputs": _MAX_NUM_BATCHED_TOKENS,
         }
         progress("echo", 1, 1)
 

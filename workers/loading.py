@@ -74,5 +74,6 @@ def group_info(facts: Sequence[RankFacts], pids: list[tuple[int, int]]) -> Group
         compute_dtype=first.compute_dtype,
         max_num_seqs=first.max_num_seqs,
         max_num_batched_tokens=first.max_num_batched_tokens,
+        max_prompt_tokens_beside_outputs=first.max_prompt_tokens_beside_outputs,
         pids=pids,
     )

@@ -36,6 +36,7 @@ _MAX_PAGES = 1 << 20  # the engine keeps a record per page
 _CPU_KV_BYTES = 1 << 30
 _CPU_BATCHED_TOKENS = 2048
 _CUDA_BATCHED_TOKENS = 8192
+_PROMPT_TOKENS_BESIDE_OUTPUTS = 768  # twice as many for experts: all their weights are read for a step, a part of them is used by a token
 _MAX_PIECE_TOKENS = 2048  # a longer step keeps the device busy for longer than the host needs to launch it without graphs
 _MAX_SCORED_ELEMENTS = 1 << 26  # of prompt logits at once
 Logprobs = list[list[tuple[int, float]]] | bytes
@@ -117,6 +118,7 @@ class Runner:
             "compute_dtype": dtype,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
+            "max_prompt_tokens_beside_outputs": _PROMPT_TOKENS_BESIDE_OUTPUTS * (2 if model_config.moe else 1),
         }
 
     @property

@@ -136,6 +136,7 @@ class GroupInfo(NamedTuple):
     compute_dtype: str
     max_num_seqs: int  # rows that the ranks have room for
     max_num_batched_tokens: int  # of one step
+    max_prompt_tokens_beside_outputs: int  # of one that gives a running request a token, unless settings say otherwise
     pids: list[tuple[int, int]]  # (pid, start ticks) of every rank
 
 

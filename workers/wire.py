@@ -85,6 +85,7 @@ class RankFacts(NamedTuple):
     compute_dtype: str
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_prompt_tokens_beside_outputs: int
     first_written_part: int
     num_written_parts: int
 

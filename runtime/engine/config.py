@@ -16,6 +16,7 @@ class StepLimits(NamedTuple):
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_prompt_tokens_beside_outputs: int
 
     @property
     def max_rows(self) -> int:
@@ -33,7 +34,8 @@ class EngineConfig:
     # Steps; the group's own limits hold besides
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None  # None: the group's
-    max_prompt_tokens_beside_outputs: int = 768  # of a step that gives a running request a token, so that no prompt holds those up
+    max_prompt_tokens_beside_outputs: int | None = None  # of a step that gives a running request a token, so that no prompt holds those
+    # up; None: the group's
     pipeline_depth: int = 2  # steps launched before the result of the first is needed
     prefix_caching: bool = True  # False: every prompt token is computed
 
@@ -107,9 +109,10 @@ class EngineConfig:
         """How long to wait for so many tokens of another replica."""
         return min(self.single_flight_max_s, self.single_flight_timeout_s * max(1.0, num_tokens / 1000))
 
-    def step_limits(self, max_num_seqs: int, max_num_batched_tokens: int) -> StepLimits:
+    def step_limits(self, max_num_seqs: int, max_num_batched_tokens: int, max_prompt_tokens_beside_outputs: int) -> StepLimits:
         """Within those of a group."""
         return StepLimits(
             min(self.max_num_seqs, max_num_seqs),
             min(self.max_num_batched_tokens or max_num_batched_tokens, max_num_batched_tokens),
+            self.max_prompt_tokens_beside_outputs or max_prompt_tokens_beside_outputs,
         )

@@ -80,7 +80,7 @@ class Engine:
         self.info = info
         self.max_model_len = min(info.max_model_len, (info.num_pages - 1) * info.block_size)
         self.blocks = BlockManager(info.num_pages, info.block_size)
-        self.limits = config.step_limits(info.max_num_seqs, info.max_num_batched_tokens)
+        self.limits = config.step_limits(info.max_num_seqs, info.max_num_batched_tokens, info.max_prompt_tokens_beside_outputs)
         self.scheduler = Scheduler(config, self.limits, self.blocks)
         self.outputs = Outputs(self.blocks, publish=config.prefix_caching)
         port = store or NoStore()

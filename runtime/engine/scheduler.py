@@ -168,7 +168,7 @@ class Scheduler:
     def _beside_outputs(self, num_outputs: int) -> int:
         """Prompt tokens of a step with so many outputs."""
         self._backlog = max(self._waiting_tokens, BACKLOG_FADES * self._backlog) if self._waiting_tokens else 0.0
-        share = max(self._config.max_prompt_tokens_beside_outputs, int(self._backlog) // BACKLOG_STEPS)
+        share = max(self._limits.max_prompt_tokens_beside_outputs, int(self._backlog) // BACKLOG_STEPS)
         total = num_outputs + share
         rest = total % (PADDED_TO if total < 8 * PADDED_TO else 2 * PADDED_TO)
         return share - rest if rest < share else share

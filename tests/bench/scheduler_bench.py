@@ -32,7 +32,7 @@ BUDGET_MS = 1.0
 def _decoding_batch() -> tuple[Scheduler, Outputs]:
     """256 rows of 512 prompt tokens, past their prompts; their positions in a block are spread."""
     blocks = BlockManager(NUM_ROWS * 128, BLOCK_SIZE)
-    scheduler = Scheduler(EngineConfig(), StepLimits(NUM_ROWS, 2048), blocks)
+    scheduler = Scheduler(EngineConfig(), StepLimits(NUM_ROWS, 2048, 768), blocks)
     outputs = Outputs(blocks)
     root, chains = BlockKey(hash_fields("bench")), KeyChains()
     for number in range(NUM_ROWS):

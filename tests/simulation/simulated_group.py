@@ -56,6 +56,7 @@ def make_info(
         "float32",
         max_num_seqs,
         max_num_batched_tokens,
+        768,
         [(1, 1)],
     )
 

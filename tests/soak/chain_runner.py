@@ -73,6 +73,7 @@ class ChainRunner:
             "compute_dtype": "float32",
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS,
+            "max_prompt_tokens_beside_outputs": MAX_NUM_BATCHED_TOKENS,
         }
         self._rows: dict[int, Row] = {}
         self._words = self.pool.tensor.view(np.uint64).reshape(NUM_PAGES, BLOCK_SIZE, WORDS)

@@ -145,6 +145,8 @@ def test_what_a_group_needs_to_know(checkpoints):
     assert info["compute_dtype"] == "float32"
     assert info["layout"].block_bytes == page_bytes
     assert (info["max_num_seqs"], info["max_num_batched_tokens"]) == (16, 2048)
+    dense = make_runner(checkpoints.folder("llama"), kv_memory_bytes=1 << 20, max_model_len=100).info_fields
+    assert [each["max_prompt_tokens_beside_outputs"] for each in (dense, info)] == [768, 1536], "experts are read whole for any step"
 
 
 @pytest.mark.parametrize(("given", "device", "tokens"), [(None, "cpu", 2048), (None, "cuda", 8192), (300, "cpu", 300), (300, "cuda", 300)])

@@ -36,7 +36,7 @@ from workers.wire import (
 )
 
 LAYOUT = Layout("gqa", 0, 16, "bfloat16", 8, (4, 2, 16, 64))
-FACTS = RankFacts(100, 16, 4096, 32000, LAYOUT, b"{}", None, "bfloat16", 256, 8192, 2, 2)
+FACTS = RankFacts(100, 16, 4096, 32000, LAYOUT, b"{}", None, "bfloat16", 256, 8192, 768, 2, 2)
 COPY = BlockCopy(9, 4, 1 << 40, (1 << 64) - 1, 12.5, b"\1" * 64)
 NEW_ROW = NewRow(1 << 40, b"\0\1\2\3", 1, 0, [1, 2], SamplingSettings(temperature=0.5, seed=(1 << 64) - 1, num_logprobs=3))
 

@@ -30,7 +30,7 @@ class Bench:
     def __init__(self, num_pages: int = 100, max_model_len: int = 200, **config: object) -> None:
         self.config = EngineConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 16, **config})  # type: ignore[arg-type]
         self.blocks = BlockManager(num_pages, BLOCK_SIZE)
-        self.scheduler = Scheduler(self.config, self.config.step_limits(256, 2048), self.blocks)
+        self.scheduler = Scheduler(self.config, self.config.step_limits(256, 2048, 768), self.blocks)
         self.outputs = Outputs(self.blocks)
         self.max_model_len = max_model_len
         self.launched: list[Launched] = []

@@ -72,17 +72,17 @@ def test_no_more_rows_than_allowed() -> None:
 @pytest.mark.parametrize(
     ("wanted", "limits"),
     [
-        ({}, (256, 8192)),
-        ({"max_num_seqs": 300, "max_num_batched_tokens": 9000}, (300, 8192)),
-        ({"max_num_seqs": 999, "max_num_batched_tokens": 2048}, (400, 2048)),
+        ({}, (256, 8192, 768)),
+        ({"max_num_seqs": 300, "max_num_batched_tokens": 9000}, (300, 8192, 768)),
+        ({"max_num_seqs": 999, "max_num_batched_tokens": 2048, "max_prompt_tokens_beside_outputs": 4096}, (400, 2048, 4096)),
     ],
 )
-def test_settings_hold_within_the_limits_of_the_group(wanted: dict[str, int], limits: tuple[int, int]) -> None:
-    assert EngineConfig(**wanted).step_limits(400, 8192) == limits  # type: ignore[arg-type]
+def test_settings_hold_within_the_limits_of_the_group(wanted: dict[str, int], limits: tuple[int, int, int]) -> None:
+    assert EngineConfig(**wanted).step_limits(400, 8192, 768) == limits  # type: ignore[arg-type]
 
 
 def test_a_budget_below_the_row_limit_bounds_the_rows() -> None:
-    assert StepLimits(max_num_seqs=256, max_num_batched_tokens=5).max_rows == 5
+    assert StepLimits(max_num_seqs=256, max_num_batched_tokens=5, max_prompt_tokens_beside_outputs=3).max_rows == 5
     bench = Bench(max_num_seqs=8, max_num_batched_tokens=3)
     for i in range(6):
         bench.add(f"r{i}", 1, max_tokens=20)
