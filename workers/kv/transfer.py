@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BATCH = {"cpu": 16, "cuda": 64}  # copies that a thread starts before it waits for the first
-MAX_LAYERED_BATCH = 256  # on one thread where pages arrive layer by layer: the first layers of all blocks before the last ones of any
+MAX_LAYERED_BATCH = 128  # on one thread where pages arrive layer by layer: the first layers of all its blocks before the last ones of any
 MAX_QUEUED_BATCHES = 4096  # of each kind
 NUM_LOAD_THREADS = 2  # the next batch is queued while one is under way; on the CPU the cores belong to the forward pass
 _JOIN_TIMEOUT_S = 10.0
