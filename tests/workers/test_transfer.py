@@ -322,6 +322,28 @@ def test_loads_do_not_wait_behind_saves_and_a_full_queue_says_busy(
     os.close(gate)
 
 
+def test_what_has_been_taken_is_not_announced(
+    stored: tuple[Arena, np.ndarray], make_rank: type[Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the rank's loop would find its descriptor readable again and again, with nothing behind it."""
+    arena, block = stored
+    rank = make_rank(GQA, 1, 0, arena)
+    write, takers, taken = os.eventfd_write, [], []
+
+    def taken_meanwhile(fd: int, value: int) -> None:
+        takers.append(threading.Thread(target=lambda: taken.append(rank.copier.results())))
+        takers[-1].start()
+        takers[-1].join(0.1)
+        write(fd, value)
+
+    monkeypatch.setattr(os, "eventfd_write", taken_meanwhile)
+    num_batches = rank.copier.submit([arena.copy(1, 1, 3, checksums_of(block, GQA))], [])
+    rank.copier.await_loads(num_batches, 20.0)
+    takers[0].join(20.0)
+    assert [[result.ok for result in results] for results in taken] == [[True]]
+    assert not select.select([rank.copier], [], [], 0)[0]
+
+
 def test_loads_can_be_waited_for(stored: tuple[Arena, np.ndarray], make_rank: type[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
     """Until their results are there, whatever saves do; in vain when they take too long or their thread has ended."""
     arena, block = stored

@@ -25,7 +25,6 @@ import queue
 import struct
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -225,7 +224,8 @@ class PageCopier:
         self._store = layout.store
         self._memory: HostMemory | None = CudaHostMemory(pool.tensor.device) if self._on_cuda else None
         self._mapping: ArenaMapping | None = None
-        self._done: deque[CopyResult] = deque()
+        self._reporting = threading.Lock()  # protects the next one; it is empty where the descriptor has nothing to read
+        self._done: list[CopyResult] = []
         self._failure: Exception | None = None
         self._closing = False
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -315,14 +315,13 @@ class PageCopier:
 
     def results(self) -> list[CopyResult]:
         """Copies finished since the last call. RuntimeError when a copy thread has ended."""
-        self._check()
-        if not self._done:
-            return []
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
-        results = []
-        while self._done:
-            results.append(self._done.popleft())
+        results: list[CopyResult] = []
+        if self._done:
+            with self._reporting:
+                results, self._done = self._done, []
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._fd)
+        self._check()  # behind the read, which may have taken the news of a failure
         return results
 
     def close(self) -> None:
@@ -347,8 +346,9 @@ class PageCopier:
             os.close(self._fd)
 
     def _report(self, results: list[CopyResult]) -> None:
-        self._done.extend(results)
-        os.eventfd_write(self._fd, 1)
+        with self._reporting:
+            self._done += results
+            os.eventfd_write(self._fd, 1)
 
     def _make_mover(self, lane: _Lane) -> Mover:
         """Before any thread runs: building kernels and pinning memory would hold up whatever the device is doing then."""
