@@ -14,7 +14,7 @@ from rich.console import Console
 from runtime.commands import cache
 from runtime.commands.options import Address, ApiKey, CacheSalt, Deployment, Messages, PromptFile, PromptText, TokenIds
 from runtime.config import DEFAULT_DEPLOYMENT, ServeSettings, resolve_settings
-from runtime.errors import MobulaError
+from runtime.errors import MobulaError, UsageError
 
 app = typer.Typer(
     name="mobula",
@@ -91,7 +91,7 @@ def serve(
     max_queued_requests: Annotated[MaybeInt, typer.Option("--max-queued-requests", help="Most requests that wait for a replica.")] = None,
     max_queued_tokens: Annotated[MaybeInt, typer.Option("--max-queued-tokens", help="Most prompt tokens that wait for a replica.")] = None,
     max_message_size: Annotated[MaybeStr, typer.Option("--max-message-size", help="Largest gRPC message, e.g. 16MiB.")] = None,
-    seed: Seed = None,
+    weights_seed: Seed = None,
     config: Config = None,
     deployment: Deployment = None,
     detach: Annotated[bool, typer.Option("--detach", help="Leave it running; end it with mobula shutdown.")] = False,
@@ -140,7 +140,7 @@ def generate(
     attention_backend: AttentionBackend = None,
     block_size: BlockSize = None,
     max_model_len: MaxModelLen = None,
-    seed: Seed = None,
+    weights_seed: Seed = None,
     config: Config = None,
     deployment: Deployment = None,
 ) -> None:
@@ -294,7 +294,7 @@ def main() -> None:
         if debug:
             raise
         print(f"mobula: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         print("mobula: interrupted", file=sys.stderr)
         sys.exit(1)

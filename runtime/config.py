@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from cache_store.config import StoreConfig
 from runtime.api_keys import ApiKeys, read_api_keys
-from runtime.errors import DeploymentError
+from runtime.errors import UsageError
 from workers.config import WorkerConfig
 
 DEFAULT_DEPLOYMENT = "mobula"
@@ -51,7 +51,7 @@ class ServeSettings:
     api_keys: ApiKeys = ()  # written as the name of a file; none: callers are not told apart
     dtype: str = "auto"
     load_format: str = "auto"  # "auto" and "safetensors" read the checkpoint; "dummy" makes weights up
-    seed: int = 0  # of dummy weights
+    weights_seed: int = 0  # of dummy weights
     device: str = "auto"
     attention_backend: str = "auto"
     block_size: int | None = None
@@ -75,17 +75,17 @@ class ServeSettings:
         ):
             value = getattr(self, name)
             if value is not None and value < low:
-                raise DeploymentError(f"{flag_of(name)} must be at least {low}, not {value}")
+                raise UsageError(f"{flag_of(name)} must be at least {low}, not {value}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
-            raise DeploymentError(f"--metrics-port must be a port or 0, not {self.metrics_port}")
+            raise UsageError(f"--metrics-port must be a port or 0, not {self.metrics_port}")
         if self.store_metrics_port is not None and not 0 < self.store_metrics_port < 1 << 16:
-            raise DeploymentError(f"--store-metrics-port must be a port, not {self.store_metrics_port}")
+            raise UsageError(f"--store-metrics-port must be a port, not {self.store_metrics_port}")
         if self.disk_memory and not self.store_memory:
-            raise DeploymentError("--disk-memory needs --store-memory: blocks come back from disk through the store's memory")
+            raise UsageError("--disk-memory needs --store-memory: blocks come back from disk through the store's memory")
         if self.load_format not in ("auto", "safetensors", "dummy"):
-            raise DeploymentError(f"--load-format must be auto, safetensors or dummy, not {self.load_format!r}")
+            raise UsageError(f"--load-format must be auto, safetensors or dummy, not {self.load_format!r}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", self.deployment):
-            raise DeploymentError(f"--deployment must be lower-case letters, digits and dashes, not {self.deployment!r}")
+            raise UsageError(f"--deployment must be lower-case letters, digits and dashes, not {self.deployment!r}")
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class ServeSettings:
             tensor_parallel_size=self.tensor_parallel_size,
             dtype=self.dtype,
             load_format="dummy" if self.load_format == "dummy" else "safetensors",
-            seed=self.seed,
+            seed=self.weights_seed,
             device=self.device,
             attention_backend=self.attention_backend,
             block_size=self.block_size,
@@ -157,24 +157,24 @@ def _parser(name: str, hint: Any) -> Callable[[Any], Any]:
 
 
 def resolve_settings(flags: Mapping[str, object], config_file: Path | None, environment: Mapping[str, str]) -> ServeSettings:
-    """Merges the three sources; a flag that is None was not given. DeploymentError names the source of a bad value."""
+    """Merges the three sources; a flag that is None was not given. UsageError names the source of a bad value."""
     hints = get_type_hints(ServeSettings)
     parsers = {field.name: _parser(field.name, hints[field.name]) for field in fields(ServeSettings)}
     values: dict[str, Any] = {}
 
     def take(name: str, value: object, source: str) -> None:
         if name not in parsers:
-            raise DeploymentError(f"{source}: there is no setting of that name; see mobula serve --help")
+            raise UsageError(f"{source}: there is no setting of that name; see mobula serve --help")
         try:
             values[name] = parsers[name](value)
         except (TypeError, ValueError) as error:
-            raise DeploymentError(f"{source}: {error}") from error
+            raise UsageError(f"{source}: {error}") from error
 
     if config_file is not None:
         try:
             table = tomllib.loads(config_file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise DeploymentError(f"--config {config_file}: {error}") from error
+            raise UsageError(f"--config {config_file}: {error}") from error
         for key, value in table.items():
             take(key.replace("-", "_"), value, f"{config_file}: {key}")
     for name in parsers:

@@ -62,6 +62,10 @@ class DeploymentError(MobulaError):
     """The deployment cannot be started, found or removed; the message says what to do."""
 
 
+class UsageError(MobulaError):
+    """The command line, a settings file or the environment asks for something that cannot be; the message names it."""
+
+
 STATUS: dict[type[MobulaError], tuple[grpc.StatusCode, str]] = {
     BadRequest: (grpc.StatusCode.INVALID_ARGUMENT, "bad_request"),
     UnknownModel: (grpc.StatusCode.NOT_FOUND, "unknown_model"),
@@ -74,6 +78,7 @@ STATUS: dict[type[MobulaError], tuple[grpc.StatusCode, str]] = {
     SuspectRequest: (grpc.StatusCode.INTERNAL, "suspect_request"),
     Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "unauthenticated"),
     DeploymentError: (grpc.StatusCode.FAILED_PRECONDITION, "deployment"),
+    UsageError: (grpc.StatusCode.INVALID_ARGUMENT, "usage"),
     GroupFailed: (grpc.StatusCode.UNAVAILABLE, "group_failed"),
     NotEnoughMemory: (grpc.StatusCode.RESOURCE_EXHAUSTED, "not_enough_memory"),
     CheckpointError: (grpc.StatusCode.FAILED_PRECONDITION, "checkpoint"),

@@ -17,7 +17,7 @@ from cache_store.eviction import EVICTION
 from cache_store.replay import Trace, belady_hit_rate, infinite_hit_rate, read_trace, replay
 from runtime.commands.options import Address, ApiKey, CacheSalt, Deployment, Messages, PromptFile, PromptText, TokenIds
 from runtime.commands.state_file import find_endpoint
-from runtime.errors import BadRequest
+from runtime.errors import UsageError
 
 REFERENCE = "lru"
 
@@ -93,17 +93,17 @@ class Replayed(NamedTuple):
 def replay_command(
     path: Path, sizes: Sequence[int], policies: Sequence[str], chart: Path | None, *, as_json: bool, console: Console
 ) -> None:
-    """BadRequest names what is wrong with the trace, a size, a policy or the chart."""
+    """UsageError names what is wrong with the trace, a size, a policy or the chart."""
     unknown = [name for name in policies if name not in EVICTION]
     if unknown:
-        raise BadRequest(f"--policy: {unknown[0]!r} is none of {', '.join(EVICTION)}")
+        raise UsageError(f"--policy: {unknown[0]!r} is none of {', '.join(EVICTION)}")
     if min(sizes) < 1:
-        raise BadRequest(f"--blocks: must be at least 1, not {min(sizes)}")
+        raise UsageError(f"--blocks: must be at least 1, not {min(sizes)}")
     draw = _drawing(chart) if chart else None
     try:
         trace = read_trace(path)
     except (OSError, ValueError) as error:
-        raise BadRequest(f"TRACE: {error}") from error
+        raise UsageError(f"TRACE: {error}") from error
     replayed = replay_all(trace, list(sizes), list(dict.fromkeys([REFERENCE, *policies])), console)
     if draw:
         draw(replayed)
@@ -151,14 +151,14 @@ def _table(replayed: Replayed) -> Table:
 
 
 def _drawing(path: Path) -> Callable[[Replayed], None]:
-    """What draws the chart; found before the replay, which takes a while. BadRequest when that cannot work."""
+    """What draws the chart; found before the replay, which takes a while. UsageError when that cannot work."""
     if not path.absolute().parent.is_dir():
-        raise BadRequest(f"--chart {path}: there is no such folder")
+        raise UsageError(f"--chart {path}: there is no such folder")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise BadRequest("--chart: needs matplotlib: pip install 'mobula[charts]'") from error
+        raise UsageError("--chart: needs matplotlib: pip install 'mobula[charts]'") from error
 
     def draw(replayed: Replayed) -> None:
         figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -186,6 +186,6 @@ def _drawing(path: Path) -> Callable[[Replayed], None]:
         try:
             figure.savefig(path, dpi=100)
         except (OSError, ValueError) as error:
-            raise BadRequest(f"--chart {path}: {error}") from error
+            raise UsageError(f"--chart {path}: {error}") from error
 
     return draw

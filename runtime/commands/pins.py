@@ -12,7 +12,7 @@ from rich.table import Table
 from protos import inference_pb2 as pb
 from runtime.client import InferenceClient
 from runtime.commands.prompt import Prompt
-from runtime.errors import BadRequest, DeploymentError
+from runtime.errors import DeploymentError, UsageError
 
 SHOWN_WITHIN_S = 10.0  # a pin that was taken: its blocks are copied into the store first
 LOOK_EVERY_S = 0.1
@@ -27,7 +27,7 @@ _IGNORED = {
 def pin_command(address: str, api_key: str, prompt: Prompt, ttl_s: float, cache_salt: str, *, as_json: bool, console: Console) -> None:
     """Computes the prompt, where it is not there already, and prints the pin once a store shows it. DeploymentError when none does."""
     if not ttl_s > 0:
-        raise BadRequest(f"--ttl: must be greater than 0, not {ttl_s:g}")
+        raise UsageError(f"--ttl: must be greater than 0, not {ttl_s:g}")
     request = pb.GenerateRequest(cache_salt=cache_salt, pin_ttl_s=ttl_s, sampling=pb.SamplingParams(max_tokens=1))
     prompt.put_into(request)
     with InferenceClient(address, api_key=api_key) as client:
@@ -68,7 +68,7 @@ def list_command(address: str, api_key: str, *, as_json: bool, console: Console)
 
 def unpin_command(address: str, api_key: str, pin_ids: Sequence[str], *, everything: bool, console: Console) -> None:
     if everything == bool(pin_ids):
-        raise BadRequest("give pins as `mobula cache list` shows them, or --all")
+        raise UsageError("give pins as `mobula cache list` shows them, or --all")
     with InferenceClient(address, api_key=api_key) as client:
         answer = client.unpin(pin_ids, everything=everything)
     console.print(f"{answer.num_unpinned} unpinned")

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from runtime.cli import app
-from runtime.errors import BadRequest
+from runtime.errors import UsageError
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_chart_is_drawn(trace: Path, tmp_path: Path) -> None:
 def test_a_missing_library_is_named_before_the_work(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BadRequest, match=r"--chart: needs matplotlib.*mobula\[charts\]"):
+    with pytest.raises(UsageError, match=r"--chart: needs matplotlib.*mobula\[charts\]"):
         run(trace, "--blocks", 3, "--chart", tmp_path / "chart.png")
 
 
@@ -62,10 +62,10 @@ def test_a_missing_library_is_named_before_the_work(trace: Path, tmp_path: Path,
     ],
 )
 def test_wrong_options_are_named(trace: Path, arguments: list[object], message: str) -> None:
-    with pytest.raises(BadRequest, match=message):
+    with pytest.raises(UsageError, match=message):
         run(trace, *arguments)
 
 
 def test_a_trace_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="TRACE"):
+    with pytest.raises(UsageError, match="TRACE"):
         run(tmp_path / "none.jsonl", "--blocks", 3)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from runtime.config import ServeSettings, parse_size, resolve_settings
-from runtime.errors import DeploymentError
+from runtime.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_names_and_keys_from_a_file_and_the_environment(tmp_path: Path) -> None:
 def test_a_bad_value_names_its_source(flags: dict[str, object], environment: dict[str, str], text: str, named: str, tmp_path: Path) -> None:
     file = tmp_path / "mobula.toml"
     file.write_text(text)
-    with pytest.raises(DeploymentError, match=named):
+    with pytest.raises(UsageError, match=named):
         resolve_settings(flags, file, environment)
 
 
