@@ -21,7 +21,7 @@ from runtime.api_keys import bearer, read_api_keys
 from runtime.cli import app
 from runtime.commands import pins as pins_command
 from runtime.engine.store_port import RemoteStore
-from runtime.errors import BadRequest, DeploymentError
+from runtime.errors import DeploymentError, UsageError
 from runtime.routing.types import StoreMember
 from tests.runtime.frontdoor.conftest import Setup, ids_request, membership, running, status_of
 from tests.runtime.frontdoor.real_engine import MAX_LEN, RealEngine, RealStoreGroup, make_info
@@ -154,9 +154,9 @@ async def test_the_command_line(pinned: Pinned, tmp_path: Path, monkeypatch: pyt
         await run("cache", "pin", "--token-ids", ids, "--ttl", "30")
     with pytest.raises(DeploymentError, match="no full block"):
         await run("cache", "pin", "--token-ids", "5", "--ttl", "30")
-    with pytest.raises(BadRequest, match="--ttl"):
+    with pytest.raises(UsageError, match="--ttl"):
         await run("cache", "pin", "--token-ids", "5", "--ttl", "0")
-    with pytest.raises(BadRequest, match="--all"):
+    with pytest.raises(UsageError, match="--all"):
         await run("cache", "unpin")
-    with pytest.raises(BadRequest, match="--prompt-file .*nowhere"):
+    with pytest.raises(UsageError, match="--prompt-file .*nowhere"):
         await run("cache", "pin", "--prompt-file", str(tmp_path / "nowhere"), "--ttl", "1")
