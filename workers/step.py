@@ -83,7 +83,7 @@ class StepPlan(NamedTuple):
     rows: list[StepRow]
     loads: list[BlockCopy]
     saves: list[BlockCopy]
-    waits: bool = False  # the forward pass begins once all loads so far are answered, whose results come before the step's
+    waits: bool = False  # no layer reads pages before the loads so far have brought them; their results come before the step's
 
 
 class RowResult(NamedTuple):

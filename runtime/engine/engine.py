@@ -175,7 +175,7 @@ class Engine:
         if launched is not None:
             self._group.submit(launched.plan)
             if launched.admitted:
-                self.outputs.admitted(launched.admitted)
+                self.outputs.admitted(launched)
                 self._send_outputs()
         self._port.send()
         for answer in self._group.poll(self._patience(launched)):

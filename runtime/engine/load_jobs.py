@@ -244,6 +244,8 @@ class LoadJobs:
         if request is None:
             return
         request.num_void = request.num_in_flight
+        if not request.first_output_sent:
+            request.cached = request.receipt = None  # told once it is admitted again
         if request.phase is Phase.RUNNING:
             self._void.append(request)
         num_good = job.first + job.num_published

@@ -44,10 +44,10 @@ class Outputs:
                 tokens, reason = _keep(request, tokens)
             if publish and phase is Phase.RUNNING and request.num_confirmed // block_size > request.num_published:
                 self._publish(request)
-            if reason is not None or row.prompt_logprobs is not None or row.logprobs is not None:
-                output = self._full_output(request, row, tokens, reason, now_s)
-            else:
+            if request.first_output_sent and reason is None and row.prompt_logprobs is None and row.logprobs is None:
                 output = RequestOutput(request.request.request_id, tokens) if tokens else None
+            else:
+                output = self._full_output(request, row, tokens, reason, now_s)
             if output is not None:
                 by_stream[request.request.stream].append(output)
             if reason is not None:
@@ -55,9 +55,10 @@ class Outputs:
         self._blocks.confirm(result.sequence)
         return finished
 
-    def admitted(self, requests: Sequence[LiveRequest]) -> None:
-        """The first output of requests: what they reuse. It is on its way to the client while the prompt is computed."""
-        for request in requests:
+    def admitted(self, launched: Launched) -> None:
+        """The first output of requests that a step admits: what they reuse. It is on its way to the client while the prompt is computed,
+        unless the step waits for what they reuse: a copy may fail."""
+        for request in launched.admitted if not launched.plan.waits else ():
             if not request.first_output_sent:  # else it was preempted, and is admitted again
                 first = self._complete(request, RequestOutput(request.request.request_id, []), None, 0.0)
                 self._by_stream[request.request.stream].append(first)

@@ -125,6 +125,8 @@ class Scheduler:
     def plan(self, loads: Sequence[BlockCopy] = (), saves: Sequence[BlockCopy] = ()) -> Launched | None:
         """The next step; None when it would neither compute nor copy anything."""
         step = _Step(self.sequence + 1, self._limits.max_num_batched_tokens)
+        if not self._waiting_tokens:
+            self._backlog = 0.0
         prompts = self._plan_outputs(step)
         if prompts:
             self._plan_prompts(step, prompts)
@@ -167,7 +169,8 @@ class Scheduler:
 
     def _beside_outputs(self, num_outputs: int) -> int:
         """Prompt tokens of a step with so many outputs."""
-        self._backlog = max(self._waiting_tokens, BACKLOG_FADES * self._backlog) if self._waiting_tokens else 0.0
+        most = BACKLOG_STEPS * self._limits.max_num_batched_tokens
+        self._backlog = min(max(self._waiting_tokens, BACKLOG_FADES * self._backlog), most)
         share = max(self._limits.max_prompt_tokens_beside_outputs, int(self._backlog) // BACKLOG_STEPS)
         total = num_outputs + share
         rest = total % (PADDED_TO if total < 8 * PADDED_TO else 2 * PADDED_TO)

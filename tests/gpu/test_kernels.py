@@ -229,6 +229,19 @@ def test_experts(dtype, num_tokens):
         near(run_streamed(x, experts, weights, gate_up, down, lambda: shared, tiles), expected, scale=scale)
 
 
+def test_rows_of_nan_choose_what_there_is():
+    """Of what they choose nothing is kept, but it is looked up: padding behind the last expert or token must not be."""
+    from workers.kernels.experts import choose_experts
+    from workers.kernels.sampling import draw
+
+    logits = torch.full((8, 160), float("nan"), device="cuda")
+    experts, _ = choose_experts(logits, None, 6, num_groups=8, num_kept_groups=3, sigmoid=False, normalise=False, scale=1.0)
+    assert (experts.min() >= 0) & (experts.max() < 160)
+    for temperature in (0.0, 1.0):
+        tokens = draw(logits, torch.full((8,), temperature, device="cuda"), torch.zeros((8, 2), dtype=torch.int32, device="cuda"))
+        assert (tokens.min() >= 0) & (tokens.max() < 160)
+
+
 def test_draws_are_those_of_the_cpu():
     from workers.sampler import Draws, draw
 

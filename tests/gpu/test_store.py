@@ -231,14 +231,15 @@ def check_float32(
 
 
 def check_embedded(pool: RankPool, start_store: Callable[..., StoreProcess], name: str, device: str, backend: str, *, tp: int = 1) -> None:
-    """Text that the model has not seen: nearly six blocks of it, and exactly five."""
+    """Text that the model has not seen: nearly six blocks of it, exactly five, and one token more than three."""
     folder = embedded.folder(name)
     worker = worker_config(
         folder, tp, device=device, dtype="bfloat16", attention_backend=backend, block_size=None, kv_memory_bytes=64 << 20,
         max_model_len=1024, max_num_batched_tokens=OTHER_CHUNK,
     )  # fmt: skip
     block_size = DEFAULT_BLOCK_SIZE[load_model_config(folder).codec]
-    prompts = [list(embedded.held_out("csv")[: 6 * block_size - 5]), list(embedded.held_out("heapq")[: 5 * block_size])]
+    lengths = {"csv": 6 * block_size - 5, "heapq": 5 * block_size, "fractions": 3 * block_size + 1}  # one token left: a step of outputs
+    prompts = [list(embedded.held_out(module)[:length]) for module, length in lengths.items()]
     cases = run_cases(pool, start_store, worker, prompts)
     judge(f"{name} {backend} tp {tp}", cases, lambda tokens: embedded.log_softmax(name, tokens), is_routed=is_routed(folder))
 

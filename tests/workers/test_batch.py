@@ -184,6 +184,7 @@ def test_captured_steps_are_padded():
     outputs = apply([new_row(1, others[0]), new_row(2, others[1])], {0: 1, 1: 1, 2: 1})
     assert outputs.graph is batch.decode_graphs[1]
     assert outputs.attention.num_decode_rows == 4
+    assert [step.attention.has_gates for step in (part, rest, outputs)] == [True, True, False], "which would be paid for in each step"
     assert sorted(outputs.attention.seq_lens) == [1, 3, 5, 19]
     assert outputs.attention.kv_pages.tolist() == [10, 11, 12, *prompt.pages, NULL_PAGE]
     assert outputs.graph.slots.tolist()[3] == batch.null_slot

@@ -8,7 +8,7 @@ import select
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from workers.kv.layout import PageLayout
 from workers.kv.mapping import ArenaMapping
 from workers.kv.pool import PagePool
 from workers.kv.registration import REGISTER_BYTES
-from workers.kv.transfer import MAX_BATCH, CudaMover, PageCopier
+from workers.kv.transfer import MAX_BATCH, CudaMover, HostMover, PageCopier
 from workers.step import ArenaSpec, BlockCopy, CopyResult
 
 CPU = torch.device("cpu")
@@ -375,37 +375,42 @@ def test_loads_can_be_waited_for(stored: tuple[Arena, np.ndarray], make_rank: ty
 def test_a_forward_pass_waits_behind_loads_that_have_begun(
     stored: tuple[Arena, np.ndarray], make_rank: type[Rank], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not until they have ended, and for none that cannot begin."""
+    """On whichever thread; not until they have ended, and for none that cannot begin."""
     arena, block = stored
-    closed: list[int] = []
+    closed: list[list[tuple[object, ...]]] = []
 
     class Gates:
         def close_behind(self, arrivals: list[tuple[object, ...]]) -> None:
-            closed.append(len(arrivals))
+            closed.append(arrivals)
 
     assert not make_rank(GQA, 1, 0, arena).copier.gate_loads(0.0), "there are no gates"
     rank = make_rank(GQA, 1, 0, arena, gates=Gates(), num_load_threads=2)
-    begins, ends = threading.Event(), threading.Event()
-    why_not, judge = PageCopier._why_not, PageCopier._judge
+    begins, ends, judge = threading.Event(), threading.Event(), PageCopier._judge
+    movers = rank.copier._load_movers
+    for mover in movers:
+        if isinstance(mover, HostMover):
+            mover.arrivals = (f"first run of {mover}", f"second run of {mover}")
 
-    def begin(copier: PageCopier, *arguments: object) -> list[str]:
-        assert begins.wait(20)
-        return why_not(copier, *arguments)  # type: ignore[arg-type]
+        def begin(copies: list[BlockCopy], mapping: ArenaMapping, start: Callable[..., None] = mover.start) -> None:
+            assert begins.wait(20)
+            start(copies, mapping)
+
+        monkeypatch.setattr(mover, "start", begin)
 
     def end(copier: PageCopier, *arguments: object) -> list[CopyResult]:
         assert ends.wait(20)
         return judge(copier, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(PageCopier, "_why_not", begin)
     monkeypatch.setattr(PageCopier, "_judge", end)
     late = arena.copy(2, 2, 3, within_s=-1.0)
     num_batches = rank.copier.submit([arena.copy(1, 1, 3, checksums_of(block, GQA)), late], [])
-    with pytest.raises(TimeoutError, match="2 batches of loads have taken longer than 0.05 s"):
-        rank.copier.gate_loads(0.05)
+    with pytest.raises(TimeoutError, match="1 batches of loads have taken longer than 1 s"):
+        rank.copier.gate_loads(1.0)
     assert closed == []
     begins.set()
     assert rank.copier.gate_loads(20.0)
-    assert len(closed) == 1
+    assert closed == [list(zip(*(mover.arrivals for mover in movers), strict=True))]
+    assert {len(run) for run in closed[0]} == {2}
     with pytest.raises(TimeoutError, match="1 batches of loads have taken longer than 0.05 s"):
         rank.copier.await_loads(num_batches, 0.05)
     ends.set()
@@ -547,6 +552,15 @@ def test_a_captured_pass_reads_each_layer_when_it_is_there(store: Layout, folder
         assert seen == (block.tobytes() if waits else bytes(len(seen)))
         rank.copier.await_loads(num_batches, 20.0)
         assert [result.ok for result in rank.copier.results()] == [True]
+
+    num_batches = rank.copier.submit(loads, [])
+    assert rank.copier.gate_loads(20.0)
+    gates.wait(0)
+    is_there = torch.cuda.Event()
+    is_there.record()
+    is_there.synchronize()
+    assert not all(mover.arrivals[-1].query() for mover in rank.copier._load_movers), "the first layer waits for no other"
+    rank.copier.await_loads(num_batches, 20.0)
     rank.copier.close()
 
 

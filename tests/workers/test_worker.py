@@ -209,6 +209,35 @@ def test_a_step_that_waits_at_gates_is_answered_behind_its_loads() -> None:
     assert [type(message) for message in said[2:]] == [CopiesDone, StepResult]
 
 
+def test_nothing_is_said_between_taking_results_and_sending_them() -> None:
+    """The thread that answers steps may find that the other one has taken the news of a failed load: that goes first."""
+    said: list[object] = []
+    taken = threading.Event()
+
+    class Said:
+        num_unsent_frames = 0
+
+        def fileno(self) -> int:
+            return 0
+
+        def send(self, frame: bytes) -> None:
+            said.append(decode(frame[LENGTH.size :]))
+
+    class Copier:
+        def results(self) -> list[CopyResult]:
+            taken.set()
+            answering.join(0.2)
+            return [CopyResult(7, False, b"", "checksum")]
+
+    rank = Rank(Said(), 0, MODEL)  # type: ignore[arg-type]
+    rank._copier = Copier()  # type: ignore[assignment]
+    answering = threading.Thread(target=lambda: taken.wait(20) and rank._say(StepResult(1, [], 0.0)))
+    answering.start()
+    rank._send_copies()
+    answering.join(20)
+    assert [type(message) for message in said] == [CopiesDone, StepResult]
+
+
 def test_a_group_loads_another_model_on_the_same_ranks(pool: RankPool, model: str) -> None:
     with Driver(pool, config(model, 2)) as driver:
         first = driver.decode(0, 6)

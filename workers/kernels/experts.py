@@ -130,7 +130,7 @@ def _choose(
         choice = tl.where(kept == 1, choice, float("-inf"))
     total = 0.0
     for k in tl.static_range(K):
-        chosen = tl.argmax(choice, 0)
+        chosen = tl.minimum(tl.argmax(choice, 0), E - 1)  # NaN, of a row that counts for nothing, loses against the padding behind the last
         weight = tl.sum(tl.where(expert == chosen, scores, 0.0), 0)
         total += weight
         tl.store(experts_ptr + token * K + k, chosen)

@@ -45,7 +45,8 @@ def _draw(logits_ptr, temperature_ptr, keys_ptr, best_ptr, at_ptr, row_stride, v
         first, second = tl.load(keys_ptr + 2 * row).to(tl.uint32, bitcast=True), tl.load(keys_ptr + 2 * row + 1).to(tl.uint32, bitcast=True)
         logits = logits / temperature + _gumbel(_mix(_mix(token.to(tl.uint32) ^ first) ^ second))
     tl.store(best_ptr + row * num_blocks + block, tl.max(logits, 0))
-    tl.store(at_ptr + row * num_blocks + block, block * BLOCK + tl.argmax(logits, 0))
+    at = tl.minimum(block * BLOCK + tl.argmax(logits, 0), vocab_size - 1)  # NaN, of a row that counts for nothing, loses against padding
+    tl.store(at_ptr + row * num_blocks + block, at)
 
 
 def draw(logits_SV: torch.Tensor, temperature_S: torch.Tensor, keys_S2: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
     copy threads    copy a run of layers after the other, and record an event behind each        `workers.kv.transfer`
     main thread     `close_behind` these events, then launches the pass, which waits at the gates
-    forward pass    `wait` in front of each layer's attention; captured graphs have it in them
+    forward pass    `wait` in front of each layer's attention; graphs of captured prompts have it in them
 
 A step that waits for nothing passes gates that opened long ago: it does not wait for what is loaded for others meanwhile.
 """

@@ -1,8 +1,8 @@
 """Moves one rank's parts of blocks between pages and slots of the store's arena, on threads beside the forward pass.
 
 A slot may be taken away and given to another block at any time, so a copy trusts nothing but what it checks: the slot's generation word
-before the first byte and after the last, and for a load the xxh3-64 of every part. A load that fails leaves garbage in its page,
-which nobody reads: the page enters no batch before its copy was reported good.
+before the first byte and after the last, and for a load the xxh3-64 of every part. A load that fails leaves garbage in its page, which
+nobody reads but a step that waits for it, and the engine hears of the failure before it hears what came of that.
 
     threads   copies          wait for
     loads     slot -> page    nothing: the engine names only pages that no launched step touches
@@ -318,9 +318,9 @@ class PageCopier:
         results: list[CopyResult] = []
         if self._done:
             with self._reporting:
-                results, self._done = self._done, []
-                with contextlib.suppress(BlockingIOError):
+                if self._done:  # not closed meanwhile
                     os.eventfd_read(self._fd)
+                results, self._done = self._done, []
         self._check()  # behind the read, which may have taken the news of a failure
         return results
 
@@ -343,7 +343,9 @@ class PageCopier:
             self._mapping.join(_JOIN_TIMEOUT_S)
             self._mapping = None
         if not any(thread.is_alive() for thread in self._threads):  # else one may still write to it
-            os.close(self._fd)
+            with self._reporting:
+                os.close(self._fd)
+                self._done = []
 
     def _report(self, results: list[CopyResult]) -> None:
         with self._reporting:

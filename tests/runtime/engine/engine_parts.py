@@ -53,7 +53,7 @@ class Bench:
         if launched is None:
             return None
         self.launched.append(launched)
-        self.outputs.admitted(launched.admitted)
+        self.outputs.admitted(launched)
         assert self.blocks.check() == []
         return {live.request.request_id: row.num_query_tokens for live, row in zip(launched.requests, launched.plan.rows, strict=True)}
 

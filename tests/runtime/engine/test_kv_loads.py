@@ -15,6 +15,7 @@ from runtime.engine.kv_loads import KvLoads
 from runtime.engine.live import LiveRequest, LoadGate
 from runtime.engine.rates import ReplicaRates
 from runtime.engine.store_port import Acquire, Claim, Lookup, Release, StoreAnswer, StoreState
+from runtime.request import CachedTokens
 from workers.step import BlockCopy, CopyResult
 
 PROMPT = list(range(100, 118))  # four full blocks and two tokens
@@ -866,12 +867,14 @@ def test_a_lone_requests_step_goes_ahead_of_its_copies() -> None:
     assert live.cached is not None
     assert (live.cached.dram, live.bytes_loaded) == (16, 400)
     assert bench.blocks.match(live.keys) == 0, "nobody else may read them yet"
+    assert told(bench) == [], "a copy may still fail"
     bench.finish_copies()
     assert bench.blocks.match(live.keys) == 4
     assert bench.plan() == {"a": 1}
     assert not bench.launched[1].plan.waits
     bench.apply(7)
     assert list(live.tokens[18:]) == [7]
+    assert told(bench) == [16]
     assert bench.released() == [4]
     bench.blocks.confirm(2)
     ended(bench, live)
@@ -902,7 +905,13 @@ def starts_again(bench: LoadBench, live: LiveRequest) -> None:
     assert not bench.launched[0].plan.waits
     bench.apply(8)
     assert list(live.tokens[18:]) == [8]
+    assert told(bench) == [8], "two blocks of the four that were expected"
     ended(bench, live)
+
+
+def told(bench: LoadBench) -> list[int]:
+    """Reused tokens, of every output that tells them."""
+    return [CachedTokens(*output.cached).total for batch in bench.outputs.take().values() for output in batch if output.cached]
 
 
 def ended(bench: LoadBench, live: LiveRequest) -> None:

@@ -27,10 +27,13 @@ def test_the_first_output_carries_what_was_cached_and_the_last_the_reason() -> N
     bench = Bench()
     live = bench.add("a", 3, max_tokens=3)
     live.admitted_s, live.store_wait_s = 5.0, 1.5
-    for token in (11, 12, 13):
+    bench.plan()
+    (admitting,) = bench.launched
+    apply(bench, RowResult(0, [11]))
+    for token in (12, 13):
         bench.plan()
         apply(bench, RowResult(0, [token]))
-    bench.outputs.admitted([live])  # again, as after a preemption
+    bench.outputs.admitted(admitting)  # again, as after a preemption
     first, *tokens, last = told(bench)
     assert first == RequestOutput("a", [], cached=[0, 0, 0, 0], receipt=[3, 0, {"partial_block": 3}])
     assert tokens == [RequestOutput("a", [11]), RequestOutput("a", [12])]
