@@ -269,7 +269,8 @@ class Scheduler:
         if self._config.prefix_caching:
             keys = request.extend_keys(blocks.block_size)[: request.num_reusable_blocks(blocks.block_size)]
         num_hits, num_held = blocks.match(keys), len(request.held_pages)
-        is_ahead = num_held > num_hits  # what it holds and nobody finds is still on its way
+        # What it holds and nobody finds in that page is still on its way, also where a row has computed the same block meanwhile.
+        is_ahead = any(blocks.page_of(key) != page for key, page in zip(keys, request.held_pages, strict=False))
         num_hits = max(num_hits, num_held)
         if num_hits < len(keys) and blocks.is_announced(keys[num_hits]):
             request.waits_for = keys[num_hits]

@@ -10,6 +10,7 @@ from engine_parts import BLOCK_SIZE, ROOT, Bench, ScriptedPort, make_request
 from cache_store.accesses import MissReason
 from cache_store.client import Acquired, ClaimOutcome, Found, Slot
 from cache_store.keys import BlockKey, chain_keys
+from runtime.engine.block_manager import Published
 from runtime.engine.config import EngineConfig
 from runtime.engine.kv_loads import KvLoads
 from runtime.engine.live import LiveRequest, LoadGate
@@ -877,6 +878,22 @@ def test_a_lone_requests_step_goes_ahead_of_its_copies() -> None:
     assert told(bench) == [16]
     assert bench.released() == [4]
     bench.blocks.confirm(2)
+    ended(bench, live)
+
+
+def test_it_waits_also_where_others_have_computed_the_same_blocks_meanwhile() -> None:
+    """Its own pages are read all the same, and are not there yet."""
+    bench, live = ahead()
+    pages = bench.blocks.allocate(4)
+    for depth, (page, key) in enumerate(zip(pages, live.extend_keys(BLOCK_SIZE), strict=False)):
+        assert bench.blocks.publish(page, Published(key, live.keys[depth - 1] if depth else ROOT, depth))
+    bench.blocks.unpin(pages)
+    assert bench.plan() == {"a": 2}
+    assert bench.launched[0].plan.waits
+    assert bench.launched[0].plan.rows_in[0].pages[:4] == [copy.page for copy in bench.copies]
+    bench.finish_copies()
+    bench.apply(7)
+    assert list(live.tokens[18:]) == [7]
     ended(bench, live)
 
 
