@@ -287,6 +287,9 @@ SHAPES = {
     "another replica": Shape(elsewhere=0.5, num_slots=40, num_pages=24),
     "another replica, aborts": Shape(elsewhere=0.5, aborts=0.05, num_slots=40, num_pages=24),
     "another replica, restarts": Shape(elsewhere=0.5, restarts=0.01, copy_failures=0.1, arrivals=0.1),
+    "another replica, few at a time": Shape(
+        elsewhere=0.5, arrivals=0.03, num_prefixes=3, num_slots=40, num_pages=24, copy_failures=0.2
+    ),  # loads of what a row computes meanwhile, and steps ahead of them
     "restarts and few pages": Shape(restarts=0.005, num_pages=20, arrivals=0.1, aborts=0.03),
     "aborts": Shape(aborts=0.2, num_pages=24),
     "late results": Shape(lateness=0.9, num_pages=24),
