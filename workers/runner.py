@@ -40,7 +40,7 @@ _PROMPT_TOKENS_BESIDE_OUTPUTS = 768  # twice as many for experts: all their weig
 _MAX_PIECE_TOKENS = 2048  # a longer step keeps the device busy for longer than the host needs to launch it without graphs
 _MAX_SCORED_ELEMENTS = 1 << 26  # of prompt logits at once
 Logprobs = list[list[tuple[int, float]]] | bytes
-BeforeForward = Callable[[bool], None]  # told whether the pass will wait at `Runner.gates` for pages that are still being loaded
+BeforeForward = Callable[[bool], None]  # told whether the pass waits for pages on their way at `Runner.gates`, if any
 
 
 class LaunchedStep(NamedTuple):
@@ -142,8 +142,7 @@ class Runner:
         if step is None:
             before_forward(False)
             return LaunchedStep(row_ids, [], torch.empty(0, dtype=torch.int64), None, {}, {})
-        has_gates = self.gates is not None and step.attention.has_gates
-        logits_SV, prompt_logprobs = self._forward(step, lambda: before_forward(has_gates))
+        logits_SV, prompt_logprobs = self._forward(step, lambda: before_forward(step.attention.has_gates))
         tokens_S, logprobs = self._sample(step, logits_SV)
         event = None
         if self.is_asynchronous:  # also without a token: an answer means that the device is done with pages and staging memory

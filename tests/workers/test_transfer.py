@@ -22,9 +22,10 @@ from workers.kv.dma import Dma
 from workers.kv.gates import LayerGates
 from workers.kv.layout import PageLayout
 from workers.kv.mapping import ArenaMapping
+from workers.kv.movers import CudaMover, HostMover
 from workers.kv.pool import PagePool
 from workers.kv.registration import REGISTER_BYTES
-from workers.kv.transfer import MAX_BATCH, CudaMover, HostMover, PageCopier
+from workers.kv.transfer import MAX_BATCH, PageCopier
 from workers.step import ArenaSpec, BlockCopy, CopyResult
 
 CPU = torch.device("cpu")
@@ -207,7 +208,7 @@ def test_a_generation_changed_during_the_copy(
         arena.words[3 * arena.slot_bytes >> 12] = GENERATION + 1
         return digest(data)
 
-    monkeypatch.setattr("workers.kv.transfer.xxhash.xxh3_64_intdigest", digest_while_the_slot_changes_hands)
+    monkeypatch.setattr("workers.kv.movers.xxhash.xxh3_64_intdigest", digest_while_the_slot_changes_hands)
     copy = arena.copy(1, 1, 3, checksums_of(block, GQA)) if not is_save else arena.copy(1, 1, 3)
     result = rank.one([], [copy]) if is_save else rank.one([copy])
     assert result == CopyResult(1, False, b"", "generation")
@@ -310,7 +311,7 @@ def test_loads_do_not_wait_behind_saves_and_a_full_queue_says_busy(
             os.eventfd_write(gate, 1)
         return digest(data)
 
-    monkeypatch.setattr("workers.kv.transfer.xxhash.xxh3_64_intdigest", digest_of_saves_waits)
+    monkeypatch.setattr("workers.kv.movers.xxhash.xxh3_64_intdigest", digest_of_saves_waits)
     size = MAX_BATCH[rank.pool.tensor.device.type]
     rank.copier.submit([], [arena.copy(copy_id, 2, 4) for copy_id in range(7 * size)])
     busy = rank.wait(2 * size)  # one batch may be under way and four in the queue
@@ -473,13 +474,13 @@ def test_what_a_gpu_is_told_to_do(store: Layout, tp: int, folder: Path, monkeypa
     monkeypatch.setattr("torch.cuda.Stream", HostStream)
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr("workers.kv.transfer.Dma", HostDma)
+    monkeypatch.setattr("workers.kv.movers.Dma", HostDma)
     pool_bytes = rank.pool.tensor.view(torch.uint8).flatten().numpy()
     monkeypatch.setattr(CudaMover, "_make_hasher", lambda mover: HostHasher(pool_bytes, store.part_bytes, 0))
     mapping = ArenaMapping(arena.spec)
     monkeypatch.setattr(mapping, "register", lambda start, stop: None)
 
-    load = CudaMover(rank.pool, rank.copier._loads)
+    load = CudaMover(rank.pool, rank.copier._loads.route)
     copies = [arena.copy(index, index + 1, 2 * index) for index in range(3)]
     load.start(copies, mapping)
     first, stop = 8 * layout.first_part, 8 * (layout.first_part + layout.num_parts)
@@ -492,7 +493,7 @@ def test_what_a_gpu_is_told_to_do(store: Layout, tp: int, folder: Path, monkeypa
                 page[start : start + run.num_bytes] = part_of(block, layout)[start : start + run.num_bytes]
         assert pages == [page.tobytes() for page in expected]
 
-    save = CudaMover(rank.pool, rank.copier._saves)
+    save = CudaMover(rank.pool, rank.copier._saves.route)
     copies = [arena.copy(index, index + 1, 2 * index + 1) for index in range(3)]
     save.start(copies, mapping)
     first, size = layout.first_written_part, layout.num_written_parts

@@ -161,19 +161,25 @@ def test_tokens_are_the_same_at_every_size_cold_and_from_the_arena(pool: RankPoo
             assert results == [CopyResult(index, False, b"", "checksum") for index in range(3)]
 
 
+class Said:
+    """A connection to an engine that notes what it is told."""
+
+    num_unsent_frames = 0
+
+    def __init__(self, said: list[object]) -> None:
+        self._said = said
+
+    def fileno(self) -> int:
+        return 0
+
+    def send(self, frame: bytes) -> None:
+        self._said.append(decode(frame[LENGTH.size :]))
+
+
 def test_a_step_that_waits_at_gates_is_answered_behind_its_loads() -> None:
     """It is launched while they are under way; that one has failed must be known before what the step made of it."""
     said: list[object] = []
     ended = threading.Event()
-
-    class Said:
-        num_unsent_frames = 0
-
-        def fileno(self) -> int:
-            return 0
-
-        def send(self, frame: bytes) -> None:
-            said.append(decode(frame[LENGTH.size :]))
 
     class Copier:
         def submit(self, loads: list[BlockCopy], saves: list[BlockCopy]) -> int:
@@ -198,7 +204,7 @@ def test_a_step_that_waits_at_gates_is_answered_behind_its_loads() -> None:
         def collect(self, plan: StepPlan) -> list[RowResult]:
             return [RowResult(1, [5])]
 
-    rank = Rank(Said(), 0, MODEL)  # type: ignore[arg-type]
+    rank = Rank(Said(said), 0, MODEL)  # type: ignore[arg-type]
     rank._runner, rank._copier, answers = Runner(), Copier(), AnswerThread()  # type: ignore[assignment]
     rank._answers = answers
     rank._take(StepPlan(1, [], [], [StepRow(1, 1, 0, 0, [])], [], [], True))
@@ -214,22 +220,13 @@ def test_nothing_is_said_between_taking_results_and_sending_them() -> None:
     said: list[object] = []
     taken = threading.Event()
 
-    class Said:
-        num_unsent_frames = 0
-
-        def fileno(self) -> int:
-            return 0
-
-        def send(self, frame: bytes) -> None:
-            said.append(decode(frame[LENGTH.size :]))
-
     class Copier:
         def results(self) -> list[CopyResult]:
             taken.set()
             answering.join(0.2)
             return [CopyResult(7, False, b"", "checksum")]
 
-    rank = Rank(Said(), 0, MODEL)  # type: ignore[arg-type]
+    rank = Rank(Said(said), 0, MODEL)  # type: ignore[arg-type]
     rank._copier = Copier()  # type: ignore[assignment]
     answering = threading.Thread(target=lambda: taken.wait(20) and rank._say(StepResult(1, [], 0.0)))
     answering.start()

@@ -22,24 +22,19 @@ import contextlib
 import logging
 import os
 import queue
-import struct
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import xxhash
 
-from workers.kv.dma import Dma
 from workers.kv.layout import LoadRun
 from workers.kv.mapping import ArenaMapping
-from workers.kv.registration import CudaHostMemory, HostMemory, pieces_of
+from workers.kv.movers import CHECKSUM_BYTES, CudaMover, HostMover, Mover, Route, Span
+from workers.kv.registration import CudaHostMemory, HostMemory
 from workers.step import ArenaSpec, BlockCopy, CopyResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from workers.kernels.checksum import PartHasher
     from workers.kv.gates import LayerGates
     from workers.kv.layout import PageLayout
     from workers.kv.pool import PagePool
@@ -51,7 +46,6 @@ MAX_LAYERED_BATCH = 128  # on one thread where pages arrive layer by layer: the 
 MAX_QUEUED_BATCHES = 4096  # of each kind
 NUM_LOAD_THREADS = 2  # the next batch is queued while one is under way; on the CPU the cores belong to the forward pass
 _JOIN_TIMEOUT_S = 10.0
-_CHECKSUM_BYTES = 8
 
 
 class _Batch(NamedTuple):
@@ -59,149 +53,6 @@ class _Batch(NamedTuple):
     copies: list[BlockCopy]
     mapping: ArenaMapping | None  # None: there was no arena
     event: Any  # CUDA event after which the pages may be read; None: at once
-
-
-class _Span(NamedTuple):
-    """Consecutive parts that this rank copies: where they lie in the page and in the slot, in bytes."""
-
-    first_part: int
-    num_parts: int
-    page_start: int
-    slot_start: int
-    part_bytes: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_parts * self.part_bytes
-
-
-class Mover(Protocol):
-    """Copies bytes one way, for one thread, which need not be the one that made it."""
-
-    def enter_thread(self) -> None:
-        """To be called first."""
-        ...
-
-    def start(self, copies: list[BlockCopy], mapping: ArenaMapping) -> None: ...
-
-    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping) -> list[bytes]:
-        """Returns once all that was started is in place: of each copy the xxh3-64 of its parts, little-endian."""
-        ...
-
-    @property
-    def arrivals(self) -> Sequence[Any]:
-        """Of each run the CUDA event behind the last copies that were started; none on the CPU."""
-        ...
-
-
-class HostMover:
-    """Pages in host memory. numpy's copies let go of the interpreter's lock."""
-
-    arrivals: tuple[Any, ...] = ()
-
-    def __init__(self, pool: PagePool, lane: _Lane) -> None:
-        self._pool = pool
-        self._lane = lane
-
-    def enter_thread(self) -> None:
-        pass
-
-    def start(self, copies: list[BlockCopy], mapping: ArenaMapping) -> None:
-        span = self._lane.span
-        for copy in copies:
-            page = np.asarray(self._pool.page_bytes(copy.page))[span.page_start : span.page_start + span.num_bytes]
-            slot = mapping.data[copy.offset + span.slot_start :][: span.num_bytes]
-            source, target = (page, slot) if self._lane.is_save else (slot, page)
-            np.copyto(target, source)
-
-    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping) -> list[bytes]:
-        return [_hash_slot(copy, mapping, self._lane.span) for copy in copies]
-
-
-class CudaMover:
-    """Pages on the GPU: DMA on a stream of its own, from and to arena memory that CUDA knows."""
-
-    def __init__(self, pool: PagePool, lane: _Lane) -> None:
-        import torch
-
-        self._torch = torch
-        self._pool = pool
-        self._lane = lane
-        self._page_bytes = pool.layout.page_bytes
-        self._address: int = pool.tensor.data_ptr()
-        self._stream = torch.cuda.Stream(pool.tensor.device)
-        self._hash_stream = torch.cuda.Stream(pool.tensor.device, priority=-1)  # hashing must not wait behind a forward pass
-        self.arrivals = [torch.cuda.Event() for _ in lane.runs]
-        self._dma = Dma()
-        self._hasher = self._make_hasher()
-
-    def enter_thread(self) -> None:
-        self._torch.cuda.set_device(self._pool.tensor.device)
-
-    def _make_hasher(self) -> PartHasher | None:
-        """Built and tried once here, rather than when a request waits; None where slots have to be hashed instead."""
-        from workers.kernels.checksum import PartHasher, can_hash
-
-        span = self._lane.span
-        if not span.num_parts or not can_hash(span.part_bytes):
-            return None
-        max_parts = self._lane.max_batch * span.num_parts
-        hasher = PartHasher(self._pool.tensor.view(self._torch.uint8).flatten(), span.part_bytes, max_parts)
-        with self._torch.cuda.stream(self._hash_stream):
-            hasher.put(np.zeros(span.num_parts, np.int64))
-            hasher.start(0, span.num_parts)
-        self._hash_stream.synchronize()
-        return hasher
-
-    def start(self, copies: list[BlockCopy], mapping: ArenaMapping) -> None:
-        span, is_save = self._lane.span, self._lane.is_save
-        pages = np.array([copy.page for copy in copies], np.int64)
-        if (pages < 0).any() or (pages >= self._pool.num_pages).any():
-            raise IndexError(f"there is no page {pages.min()} or {pages.max()}")
-        offsets = np.array([copy.offset for copy in copies], np.int64)
-        for first in (offsets + span.slot_start).tolist():
-            mapping.register(first, first + span.num_bytes)
-        self._put_parts(pages)
-        if is_save:
-            self._start_hashes(0, len(pages) * span.num_parts)
-        num_whole = 0
-        for run, arrival in zip(self._lane.runs, self.arrivals, strict=True):
-            begins = np.array(run.starts, np.int64)
-            slots = (offsets[:, None] + (span.slot_start - span.page_start + begins)[None, :]).ravel()
-            shifts = (self._address + pages[:, None] * self._page_bytes + begins[None, :]).ravel() - slots
-            starts, sizes, owners = pieces_of(slots, run.num_bytes)
-            host, device = mapping.address + starts, shifts[owners] + starts
-            source, target = (device, host) if is_save else (host, device)
-            self._dma.copy(target, source, sizes, self._stream.cuda_stream, to_host=is_save)
-            arrival.record(self._stream)
-            if run.parts and not is_save:
-                self._hash_stream.wait_event(arrival)
-                self._start_hashes(num_whole, num_whole + len(pages) * len(run.parts))
-                num_whole += len(pages) * len(run.parts)
-
-    def _put_parts(self, pages: np.ndarray) -> None:
-        """Where the parts to be hashed lie: those that are whole with the first run, of all pages, then with the second."""
-        if self._hasher is not None:
-            firsts = pages[:, None] * self._page_bytes
-            parts = [np.array(run.parts, np.int64)[None, :] * self._lane.span.part_bytes for run in self._lane.runs]
-            with self._torch.cuda.stream(self._hash_stream):
-                self._hasher.put(np.concatenate([(firsts + columns).ravel() for columns in parts]))
-
-    def _start_hashes(self, first: int, stop: int) -> None:
-        if self._hasher is not None:
-            with self._torch.cuda.stream(self._hash_stream):
-                self._hasher.start(first, stop)
-
-    def finish(self, copies: list[BlockCopy], mapping: ArenaMapping) -> list[bytes]:
-        self._stream.synchronize()
-        span = self._lane.span
-        if self._hasher is None:
-            return [_hash_slot(copy, mapping, span) for copy in copies]
-        self._hash_stream.synchronize()
-        hashes = self._hasher.finish(len(copies) * span.num_parts).astype("<u8")
-        bounds = np.cumsum([len(copies) * len(run.parts) for run in self._lane.runs])
-        runs = [part.reshape(len(copies), -1) for part in np.split(hashes, bounds[:-1])]
-        return [row.tobytes() for row in np.concatenate(runs, axis=1)]
 
 
 class PageCopier:
@@ -231,27 +82,28 @@ class PageCopier:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         num_loaders = num_load_threads or NUM_LOAD_THREADS
         runs = layout.load_runs
+        is_layered = self._on_cuda and len(runs) > 1
         max_batch = MAX_BATCH["cuda" if self._on_cuda else "cpu"]
         loaded = self._span(layout, layout.first_part, layout.num_parts)
         written = self._span(layout, layout.first_written_part, layout.num_written_parts)
-        self._loads = _Lane(loaded, runs, False, num_loaders, max_batch, max_queued_batches)
+        route = Route(loaded, runs, False, MAX_LAYERED_BATCH if is_layered else max_batch)
+        self._loads = _Lane(route, num_loaders, 1 if is_layered else num_loaders, max_queued_batches)
         first_written = layout.first_written_part - layout.first_part
         whole = LoadRun(0, (written.page_start,), written.num_bytes, range(first_written, first_written + written.num_parts))
-        self._saves = _Lane(written, [whole], True, max(1, num_loaders // 4), max_batch, max_queued_batches)
-        if self._on_cuda and len(runs) > 1:
-            self._loads.max_batch, self._loads.num_sharing = MAX_LAYERED_BATCH, 1
+        num_savers = max(1, num_loaders // 4)
+        self._saves = _Lane(Route(written, [whole], True, max_batch), num_savers, num_savers, max_queued_batches)
         movers = [(lane, self._make_mover(lane)) for lane in (self._loads, self._saves) for _ in range(lane.num_threads)]
         self._load_movers = [mover for lane, mover in movers if lane is self._loads]
         self._threads = [
-            threading.Thread(target=self._serve, args=(lane, mover), name="saves" if lane.is_save else "loads", daemon=True)
+            threading.Thread(target=self._serve, args=(lane, mover), name="saves" if lane.route.is_save else "loads", daemon=True)
             for lane, mover in movers
         ]
         for thread in self._threads:
             thread.start()
 
-    def _span(self, layout: PageLayout, first_part: int, num_parts: int) -> _Span:
+    def _span(self, layout: PageLayout, first_part: int, num_parts: int) -> Span:
         part_bytes = self._store.part_bytes
-        return _Span(first_part, num_parts, (first_part - layout.first_part) * part_bytes, first_part * part_bytes, part_bytes)
+        return Span(first_part, num_parts, (first_part - layout.first_part) * part_bytes, first_part * part_bytes, part_bytes)
 
     def fileno(self) -> int:
         return self._fd
@@ -279,7 +131,7 @@ class PageCopier:
             size = lane.batch_size(len(copies))
             for start in range(0, len(copies), size):
                 mapping = self._mapping.use() if self._mapping else None
-                batch = _Batch(lane.num_put, copies[start : start + size], mapping, event if lane.is_save else None)
+                batch = _Batch(lane.num_put, copies[start : start + size], mapping, event if lane.route.is_save else None)
                 if not lane.put(batch):
                     self._report([_failed(copy, "busy") for copy in batch.copies])
                     _let_go(batch)
@@ -355,8 +207,8 @@ class PageCopier:
     def _make_mover(self, lane: _Lane) -> Mover:
         """Before any thread runs: building kernels and pinning memory would hold up whatever the device is doing then."""
         if self._on_cuda:
-            return CudaMover(self._pool, lane)
-        return HostMover(self._pool, lane)
+            return CudaMover(self._pool, lane.route)
+        return HostMover(self._pool, lane.route)
 
     def _serve(self, lane: _Lane, mover: Mover) -> None:
         """A copy thread. An error that is not a copy's own ends the rank, by way of `results`."""
@@ -386,14 +238,14 @@ class PageCopier:
         reasons = self._why_not(batch.copies, batch.mapping)
         results = [_failed(copy, reason) for copy, reason in zip(batch.copies, reasons, strict=True) if reason]
         started = [copy for copy, reason in zip(batch.copies, reasons, strict=True) if not reason]
-        if started and lane.span.num_parts:
+        if started and lane.route.span.num_parts:
             assert batch.mapping
             mover.start(started, batch.mapping)
         lane.note_begun(batch)
         if not started:
             return results
         assert batch.mapping
-        hashes = mover.finish(started, batch.mapping) if lane.span.num_parts else [b""] * len(started)
+        hashes = mover.finish(started, batch.mapping) if lane.route.span.num_parts else [b""] * len(started)
         return results + self._judge(started, batch.mapping, lane, hashes)
 
     def _why_not(self, copies: list[BlockCopy], mapping: ArenaMapping | None) -> list[str]:
@@ -412,11 +264,11 @@ class PageCopier:
     def _judge(self, copies: list[BlockCopy], mapping: ArenaMapping, lane: _Lane, hashes: list[bytes]) -> list[CopyResult]:
         """Last of all the generation words: the same as before means that copy and hash saw one block's bytes."""
         generations = mapping.generations(np.array([copy.offset for copy in copies], np.int64)).tolist()
-        first, results = lane.span.first_part * _CHECKSUM_BYTES, []
+        first, results = lane.route.span.first_part * CHECKSUM_BYTES, []
         for copy, generation, column in zip(copies, generations, hashes, strict=True):
             if generation != copy.generation:
                 results.append(_failed(copy, "generation"))
-            elif lane.is_save:
+            elif lane.route.is_save:
                 results.append(CopyResult(copy.copy_id, True, column))
             elif copy.checksums[first : first + len(column)] != column:
                 results.append(_failed(copy, "checksum"))
@@ -426,18 +278,13 @@ class PageCopier:
 
 
 class _Lane:
-    """One direction: its bounded queue, and what each copy moves, on a GPU in runs one after the other.
+    """One direction: its bounded queue, and what has become of its batches. None in the queue ends the threads, one after the other."""
 
-    None in the queue ends the threads, one after the other.
-    """
-
-    def __init__(self, span: _Span, runs: list[LoadRun], is_save: bool, num_threads: int, max_batch: int, max_queued_batches: int) -> None:
-        self.span = span
-        self.runs = runs
-        self.is_save = is_save
+    def __init__(self, route: Route, num_threads: int, num_sharing: int, max_queued_batches: int) -> None:
+        """`num_sharing` of the threads share copies that come together."""
+        self.route = route
         self.num_threads = num_threads
-        self.num_sharing = num_threads  # of them share copies that come together
-        self.max_batch = max_batch
+        self._num_sharing = num_sharing
         self.batches: queue.Queue[_Batch | None] = queue.Queue(max_queued_batches)
         self.num_put = 0
         self.changed = threading.Condition()  # protects the sets, of numbers of batches
@@ -445,7 +292,7 @@ class _Lane:
         self.open: set[int] = set()  # until their results are there
 
     def batch_size(self, num_copies: int) -> int:
-        return min(self.max_batch, -(-num_copies // self.num_sharing)) or 1
+        return min(self.route.max_batch, -(-num_copies // self._num_sharing)) or 1
 
     def put(self, batch: _Batch) -> bool:
         """False where the queue is full."""
@@ -468,15 +315,6 @@ class _Lane:
         with self.changed:
             self.open.remove(batch.number)
             self.changed.notify_all()
-
-
-def _hash_slot(copy: BlockCopy, mapping: ArenaMapping, span: _Span) -> bytes:
-    """xxh3-64 of the span's parts as they are in the slot, little-endian."""
-    first = copy.offset + span.slot_start
-    parts = mapping.data[first : first + span.num_bytes].data
-    size = span.part_bytes
-    hashes = [xxhash.xxh3_64_intdigest(parts[start : start + size]) for start in range(0, span.num_bytes, size)]
-    return struct.pack(f"<{len(hashes)}Q", *hashes)
 
 
 def _failed(copy: BlockCopy, reason: str) -> CopyResult:
