@@ -1,6 +1,6 @@
 """Where a forward pass waits for pages that are still being loaded: on the device, and in front of those layers only that need them.
 
-    copy threads    copy a run of layers after the other, and record an event behind each        `workers.kv.transfer`
+    copy threads    copy a run of layers after the other, and record an event behind each        `workers.kv.movers`
     main thread     `close_behind` these events, then launches the pass, which waits at the gates
     forward pass    `wait` in front of each layer's attention; graphs of captured prompts have it in them
 
