@@ -29,34 +29,37 @@ _PARTS = 4  # of one program
 
 
 @triton.jit
-def _add(acc, word, neighbour, key):
-    """One stripe."""
+def _products(word, neighbour, key):
+    """What a stripe adds to the accumulators."""
     mixed = word ^ key
-    return acc + neighbour + (mixed & 0xFFFFFFFF) * (mixed >> 32)
+    return neighbour + (mixed & 0xFFFFFFFF) * (mixed >> 32)
 
 
 @triton.jit(do_not_specialize=["first_part", "num_parts"])
 def _hash(words_ptr, starts_ptr, keys_ptr, out_ptr, first_part, num_parts, num_blocks, num_stripes, last_word, PARTS: tl.constexpr):
     part = first_part + tl.program_id(0) * PARTS + tl.arange(0, PARTS)
     inside = (part < num_parts)[:, None]
-    lane = tl.arange(0, 8)
+    lane, stripe = tl.arange(0, 8), tl.arange(0, 16)
     start = words_ptr + tl.load(starts_ptr + part, mask=part < num_parts, other=0)[:, None]
     own, other = start + lane[None, :], start + (lane ^ 1)[None, :]
     acc = tl.load(keys_ptr + 32 + lane)[None, :].to(tl.uint64, bitcast=True) + tl.zeros((PARTS, 8), tl.uint64)
+    # a block at once, [PARTS, 16 stripes, 8 lanes]: between two scrambles the order of sums is free
+    in_block = stripe[None, :, None] * 8
+    own_block, other_block, inside_block = own[:, None, :] + in_block, other[:, None, :] + in_block, inside[:, :, None]
+    keys = tl.load(keys_ptr + stripe[:, None] + lane[None, :])[None, :, :].to(tl.uint64, bitcast=True)
     scramble = tl.load(keys_ptr + 16 + lane)[None, :].to(tl.uint64, bitcast=True)
-    for block in range(num_blocks):
-        for stripe in tl.static_range(16):
-            word = tl.load(own + block * 128 + stripe * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
-            neighbour = tl.load(other + block * 128 + stripe * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
-            acc = _add(acc, word, neighbour, tl.load(keys_ptr + stripe + lane)[None, :].to(tl.uint64, bitcast=True))
+    for block in tl.range(num_blocks, num_stages=1):  # more stages pass through shared memory, and are slower
+        word = tl.load(own_block + block * 128, mask=inside_block, other=0).to(tl.uint64, bitcast=True)
+        neighbour = tl.load(other_block + block * 128, mask=inside_block, other=0).to(tl.uint64, bitcast=True)
+        acc += tl.sum(_products(word, neighbour, keys), 1)
         acc = (acc ^ (acc >> 47) ^ scramble) * 0x9E3779B1
-    for stripe in range(num_stripes):
-        word = tl.load(own + num_blocks * 128 + stripe * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
-        neighbour = tl.load(other + num_blocks * 128 + stripe * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
-        acc = _add(acc, word, neighbour, tl.load(keys_ptr + stripe + lane)[None, :].to(tl.uint64, bitcast=True))
+    for rest in range(num_stripes):
+        word = tl.load(own + num_blocks * 128 + rest * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
+        neighbour = tl.load(other + num_blocks * 128 + rest * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
+        acc += _products(word, neighbour, tl.load(keys_ptr + rest + lane)[None, :].to(tl.uint64, bitcast=True))
     word = tl.load(own + last_word, mask=inside, other=0).to(tl.uint64, bitcast=True)
     neighbour = tl.load(other + last_word, mask=inside, other=0).to(tl.uint64, bitcast=True)
-    acc = _add(acc, word, neighbour, tl.load(keys_ptr + 24 + lane)[None, :].to(tl.uint64, bitcast=True))
+    acc += _products(word, neighbour, tl.load(keys_ptr + 24 + lane)[None, :].to(tl.uint64, bitcast=True))
     acc ^= tl.load(keys_ptr + 40 + lane)[None, :].to(tl.uint64, bitcast=True)
     low, high = tl.split(acc.reshape(PARTS, 4, 2))
     num_bytes = (last_word + 8).to(tl.uint64) * 8
