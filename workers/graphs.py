@@ -61,6 +61,7 @@ class StepGraphs:
         self._model, self._backend, self._batch = model, backend, batch
         self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         device = batch.last_tokens.device
+        self._nothing = torch.zeros(1, device=device)
         shapes = [(size, size, size * batch.max_blocks) for size in captured_sizes(max_num_seqs)]
         for size in captured_prompts(min(max_tokens, batch.max_model_len)):
             shapes += [(1, size, num_pages) for num_pages in captured_pages(size, batch, backend.few_keys)]
@@ -95,6 +96,8 @@ class StepGraphs:
         """Logits [rows, V] of a step that the batch has laid out for a graph; valid until the next replay. Calls `before` when all is ready
         for it."""
         self._backend.begin_graph(attention)
+        if attention.has_gates:
+            self._nothing.zero_()  # behind a DMA the next thing on a stream waits for all DMA queued until then, of whatever stream
         before()
         graph, logits_BV = self._graphs[attention.num_rows, len(attention.pages), attention.captured_pages]
         graph.replay()

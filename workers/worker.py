@@ -245,7 +245,7 @@ class Rank:
         if plan.sequence != self._sequence + 1:
             raise ValueError(f"plan {plan.sequence} came where {self._sequence + 1} is next")
         self._sequence = plan.sequence
-        num_batches = copier.submit(plan.loads, [])  # they touch no page of this step, so they run beside it, unless it waits
+        num_batches = 0 if plan.waits else copier.submit(plan.loads, [])  # they touch no page of this step, so they run beside it
         started_s = time.perf_counter()
 
         def await_loads() -> None:
@@ -254,8 +254,11 @@ class Rank:
                 self._send_copies()
 
         def before_forward(has_gates: bool) -> None:
-            if not (has_gates and plan.waits and copier.gate_loads(LOADS_TIMEOUT_S)):
-                await_loads()
+            nonlocal num_batches
+            if plan.waits:  # what the step itself sends to the device has been sent: it would go there behind the pages
+                num_batches = copier.submit(plan.loads, [])
+                if not (has_gates and copier.gate_loads(LOADS_TIMEOUT_S)):
+                    await_loads()
 
         launched = runner.launch(plan, before_forward)
 

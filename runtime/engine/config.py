@@ -55,7 +55,7 @@ class EngineConfig:
     max_loading_blocks: int = 512
     first_load_blocks: int = 128  # acquired with the first waiting request's lookup, so that their copies run while the next are acquired,
     # twice as many each time; with the second one's lookup a half, the third one's a third
-    early_step_s: float = 0.016  # a lone request's step is sent ahead of the last blocks that it waits for, when these take no longer
+    early_step_s: float = 0.025  # a lone request's step is sent ahead of the last blocks that it waits for, when these take no longer
     unasked_compute_s: float = 0.025  # less than a step's worth of tokens behind a prefix at hand: the store is not asked for them, where
     # at the replica's rate they take no longer than this
     unasked_idle_s: float = 0.01  # so much of any prompt, while nothing else runs or waits: bringing it would take longer

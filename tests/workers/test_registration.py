@@ -19,6 +19,7 @@ from workers.step import ArenaSpec
 NUM_PIECES = 3
 NUM_BYTES = (NUM_PIECES - 1) * REGISTER_BYTES + 8192  # the last one is short
 DATA_OFFSET = 4096
+START = np.zeros(1, np.int64)
 
 
 class Driver:
@@ -83,9 +84,9 @@ def await_true(condition: Callable[[], bool]) -> None:
 def test_a_copy_registers_what_it_needs_once() -> None:
     driver = Driver()
     pieces = Registration(driver, 1000, NUM_BYTES, "arena")
-    pieces.need(REGISTER_BYTES - 1, REGISTER_BYTES + 1)
+    pieces.need(np.array([REGISTER_BYTES - 1]), 2)
     assert driver.registered == {1000: REGISTER_BYTES, 1000 + REGISTER_BYTES: REGISTER_BYTES}
-    pieces.need(0, NUM_BYTES)
+    pieces.need(START, NUM_BYTES)
     assert driver.registered[1000 + 2 * REGISTER_BYTES] == 8192
     assert driver.num_calls == pieces.num_pieces == NUM_PIECES
     pieces.close()
@@ -95,8 +96,8 @@ def test_a_copy_registers_what_it_needs_once() -> None:
 def test_what_the_driver_refuses_is_not_asked_for_again() -> None:
     driver = Driver(refused=(1,))
     pieces = Registration(driver, 0, NUM_BYTES, "arena")
-    pieces.need(0, NUM_BYTES)
-    pieces.need(0, NUM_BYTES)
+    pieces.need(START, NUM_BYTES)
+    pieces.need(START, NUM_BYTES)
     assert driver.num_calls == NUM_PIECES
     assert len(driver.registered) == NUM_PIECES - 1
     pieces.close()
@@ -107,7 +108,7 @@ def test_threads_that_need_the_same_piece_register_it_once() -> None:
     driver = Driver()
     driver.gate.clear()
     pieces = Registration(driver, 0, NUM_BYTES, "arena")
-    threads = [threading.Thread(target=pieces.need, args=(0, NUM_BYTES)) for _ in range(4)]
+    threads = [threading.Thread(target=pieces.need, args=(START, NUM_BYTES)) for _ in range(4)]
     for thread in threads:
         thread.start()
     driver.gate.set()
@@ -134,7 +135,7 @@ def test_what_the_store_has_not_allocated_is_not_registered_ahead(path: Path) ->
     await_true(lambda: len(driver.registered) == 1)
     time.sleep(0.05)
     assert driver.num_calls == 1
-    mapping.register(NUM_BYTES - 4096, NUM_BYTES)
+    mapping.register(np.array([NUM_BYTES - 4096, NUM_BYTES - 8192]), 4096)
     assert driver.num_calls == 2, "a copy's piece is registered at once"
     allocate(path, NUM_BYTES)
     await_true(lambda: len(driver.registered) == NUM_PIECES)
@@ -166,7 +167,7 @@ def test_a_copy_that_outlives_its_mapping_keeps_the_registration(path: Path) -> 
     mapping.use()
     mapping.retire()
     mapping.join(20)
-    mapping.register(0, NUM_BYTES)
+    mapping.register(START, NUM_BYTES)
     assert len(driver.registered) == NUM_PIECES
     mapping.release()
     assert driver.registered == {}

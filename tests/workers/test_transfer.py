@@ -427,9 +427,6 @@ class HostStream:
     def __init__(self, *_: object, priority: int = 0) -> None:
         pass
 
-    def wait_event(self, event: object) -> None:
-        pass
-
     def synchronize(self) -> None:
         pass
 
@@ -441,13 +438,14 @@ class HostDma:
 
 
 class HostHasher:
-    def __init__(self, data: np.ndarray, part_bytes: int, _max_parts: int) -> None:
-        self._data, self._part_bytes = data, part_bytes
+    def __init__(self, data: np.ndarray, part_bytes: int, order: list[str]) -> None:
+        self._data, self._part_bytes, self._order = data, part_bytes, order
 
     def put(self, offsets: np.ndarray) -> None:
         self._offsets, self._hashes = offsets, np.zeros(len(offsets), np.uint64)
 
     def start(self, first: int, stop: int) -> None:
+        self._order.append("hashed")
         for part, offset in enumerate(self._offsets[first:stop].tolist(), first):
             self._hashes[part] = xxhash.xxh3_64_intdigest(self._data[offset : offset + self._part_bytes].tobytes())
 
@@ -466,19 +464,23 @@ def test_what_a_gpu_is_told_to_do(store: Layout, tp: int, folder: Path, monkeypa
         arena.slot(2 * index)[: store.block_bytes] = block
     rank = Rank(store, tp, tp - 1, None)
     layout, events = rank.layout, []
+    order: list[str] = []
 
     class Event:
         def record(self, stream: object) -> None:
             events.append([rank.page(index + 1).tobytes() for index in range(3)])
+
+        def synchronize(self) -> None:
+            order.append("arrived")
 
     monkeypatch.setattr("torch.cuda.Stream", HostStream)
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr("workers.kv.movers.Dma", HostDma)
     pool_bytes = rank.pool.tensor.view(torch.uint8).flatten().numpy()
-    monkeypatch.setattr(CudaMover, "_make_hasher", lambda mover: HostHasher(pool_bytes, store.part_bytes, 0))
+    monkeypatch.setattr(CudaMover, "_make_hasher", lambda mover: HostHasher(pool_bytes, store.part_bytes, order))
     mapping = ArenaMapping(arena.spec)
-    monkeypatch.setattr(mapping, "register", lambda start, stop: None)
+    monkeypatch.setattr(mapping, "register", lambda starts, num_bytes: None)
 
     load = CudaMover(rank.pool, rank.copier._loads.route)
     copies = [arena.copy(index, index + 1, 2 * index) for index in range(3)]
@@ -486,6 +488,7 @@ def test_what_a_gpu_is_told_to_do(store: Layout, tp: int, folder: Path, monkeypa
     first, stop = 8 * layout.first_part, 8 * (layout.first_part + layout.num_parts)
     assert load.finish(copies, mapping) == [checksums_of(block, store)[first:stop] for block in blocks]
     assert len(events) == len(load.arrivals) == len(layout.load_runs) > 2
+    assert order == ["arrived", "hashed"] * sum(len(run.parts) > 0 for run in layout.load_runs)
     expected = np.zeros((len(blocks), layout.page_bytes), np.uint8)
     for run, pages in zip(layout.load_runs, events, strict=True):
         for block, page in zip(blocks, expected, strict=True):
@@ -495,9 +498,11 @@ def test_what_a_gpu_is_told_to_do(store: Layout, tp: int, folder: Path, monkeypa
 
     save = CudaMover(rank.pool, rank.copier._saves.route)
     copies = [arena.copy(index, index + 1, 2 * index + 1) for index in range(3)]
+    order.clear()
     save.start(copies, mapping)
     first, size = layout.first_written_part, layout.num_written_parts
     assert save.finish(copies, mapping) == [checksums_of(block, store)[8 * first : 8 * (first + size)] for block in blocks]
+    assert order == ["hashed"] * (size > 0)
     for index, block in enumerate(blocks):
         expected = np.zeros_like(block)
         written = slice(first * store.part_bytes, (first + size) * store.part_bytes)

@@ -177,12 +177,15 @@ class Said:
 
 
 def test_a_step_that_waits_at_gates_is_answered_behind_its_loads() -> None:
-    """It is launched while they are under way; that one has failed must be known before what the step made of it."""
+    """It is launched while they are under way; that one has failed must be known before what the step made of it. They are begun when what
+    the step needs is on its way to the device."""
     said: list[object] = []
     ended = threading.Event()
+    load = BlockCopy(7, 1, 0, 1, 60.0, b"")
 
     class Copier:
         def submit(self, loads: list[BlockCopy], saves: list[BlockCopy]) -> int:
+            said.extend(loads)
             return 1
 
         def gate_loads(self, timeout_s: float) -> bool:
@@ -197,6 +200,7 @@ def test_a_step_that_waits_at_gates_is_answered_behind_its_loads() -> None:
 
     class Runner:
         def launch(self, plan: StepPlan, before_forward: Callable[[bool], None]) -> StepPlan:
+            said.append("ready")
             before_forward(True)
             said.append("launched")
             return plan
@@ -207,12 +211,12 @@ def test_a_step_that_waits_at_gates_is_answered_behind_its_loads() -> None:
     rank = Rank(Said(said), 0, MODEL)  # type: ignore[arg-type]
     rank._runner, rank._copier, answers = Runner(), Copier(), AnswerThread()  # type: ignore[assignment]
     rank._answers = answers
-    rank._take(StepPlan(1, [], [], [StepRow(1, 1, 0, 0, [])], [], [], True))
-    assert said == ["gated", "launched"]
+    rank._take(StepPlan(1, [], [], [StepRow(1, 1, 0, 0, [])], [load], [], True))
+    assert said == ["ready", load, "gated", "launched"]
     ended.set()
     answers.close()
     answers.check()
-    assert [type(message) for message in said[2:]] == [CopiesDone, StepResult]
+    assert [type(message) for message in said[4:]] == [CopiesDone, StepResult]
 
 
 def test_nothing_is_said_between_taking_results_and_sending_them() -> None:

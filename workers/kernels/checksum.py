@@ -26,6 +26,7 @@ _STRIPE_WORDS = 8
 _LAST_KEY, _MERGE_KEY = 192 - 64 - 7, 11  # bytes into the secret
 _MIN_BYTES = 1024
 _PARTS = 4  # of one program
+_INLINE_WORDS = 8192  # 64 KiB of pageable memory go to the device among its commands; more, or pinned memory, by DMA behind that of pages
 
 
 @triton.jit
@@ -84,13 +85,12 @@ class PartHasher:
         keys = np.frombuffer(_SECRET + last + start + merge, np.int64).copy()  # 24 words of the secret, then 8 each
         self._keys = torch.from_numpy(keys).to(data.device)
         self._starts, self._hashes = (torch.empty(max_parts, dtype=torch.int64, device=data.device) for _ in range(2))
-        self._host_starts, self._host_hashes = (torch.empty(max_parts, dtype=torch.int64, pin_memory=data.is_cuda) for _ in range(2))
+        self._host_hashes = torch.empty(max_parts, dtype=torch.int64, pin_memory=data.is_cuda)
 
     def put(self, offsets_N: np.ndarray) -> None:
         """Queues on the current stream where the next lot's parts begin, in bytes."""
-        count = len(offsets_N)
-        self._host_starts[:count] = torch.from_numpy(offsets_N // 8)
-        self._starts[:count].copy_(self._host_starts[:count], non_blocking=True)
+        for piece, target in zip(torch.from_numpy(offsets_N // 8).split(_INLINE_WORDS), self._starts.split(_INLINE_WORDS), strict=False):
+            target[: len(piece)].copy_(piece, non_blocking=True)
 
     def start(self, first: int, stop: int) -> None:
         """Queues the hashing of the lot's parts [first, stop) on the current stream."""

@@ -19,7 +19,7 @@ from workers.models.config import ModelConfig, check_tensor_parallel, kv_heads_o
 
 DEFAULT_BLOCK_SIZE = {"gqa": 16, "mla": 64}  # tokens
 _MAX_LOAD_RUNS = 4  # a forward pass begins when the first is there
-_MIN_PIECE_BYTES = 256 << 10  # shorter copies do not keep the link busy
+_MIN_PIECE_BYTES = 128 << 10  # shorter copies take the host longer to queue than the link to do
 
 
 class LoadRun(NamedTuple):

@@ -87,10 +87,10 @@ class ArenaMapping:
         if self._thread is not None:
             self._thread.join(timeout_s)
 
-    def register(self, start: int, stop: int) -> None:
-        """Makes data[start:stop] known to CUDA, unless it is, so that a copy is DMA."""
+    def register(self, starts: npt.NDArray[np.int64], num_bytes: int) -> None:
+        """Makes `num_bytes` of `data` from each start on known to CUDA, unless they are, so that copies are DMA."""
         assert self._registration is not None
-        self._registration.need(start, stop)
+        self._registration.need(starts, num_bytes)
 
     def _register_ahead(self, registration: Registration) -> None:
         try:

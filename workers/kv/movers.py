@@ -56,10 +56,12 @@ class Mover(Protocol):
         """To be called first."""
         ...
 
-    def start(self, copies: list[BlockCopy], mapping: ArenaMapping) -> None: ...
+    def start(self, copies: list[BlockCopy], mapping: ArenaMapping) -> None:
+        """On CUDA no more than queues them, since a step may wait for that."""
+        ...
 
     def finish(self, copies: list[BlockCopy], mapping: ArenaMapping) -> list[bytes]:
-        """Returns once all that was started is in place: of each copy the xxh3-64 of its parts, little-endian."""
+        """Returns once all that was started last is in place: of each copy the xxh3-64 of its parts, little-endian."""
         ...
 
     @property
@@ -133,12 +135,7 @@ class CudaMover:
         if (pages < 0).any() or (pages >= self._pool.num_pages).any():
             raise IndexError(f"there is no page {pages.min()} or {pages.max()}")
         offsets = np.array([copy.offset for copy in copies], np.int64)
-        for first in (offsets + span.slot_start).tolist():
-            mapping.register(first, first + span.num_bytes)
-        self._put_parts(pages)
-        if is_save:
-            self._start_hashes(0, len(pages) * span.num_parts)
-        num_whole = 0
+        mapping.register(offsets + span.slot_start, span.num_bytes)
         for run, arrival in zip(self._route.runs, self.arrivals, strict=True):
             begins = np.array(run.starts, np.int64)
             slots = (offsets[:, None] + (span.slot_start - span.page_start + begins)[None, :]).ravel()
@@ -148,34 +145,27 @@ class CudaMover:
             source, target = (device, host) if is_save else (host, device)
             self._dma.copy(target, source, sizes, self._stream.cuda_stream, to_host=is_save)
             arrival.record(self._stream)
-            if run.parts and not is_save:
-                self._hash_stream.wait_event(arrival)
-                self._start_hashes(num_whole, num_whole + len(pages) * len(run.parts))
-                num_whole += len(pages) * len(run.parts)
-
-    def _put_parts(self, pages: np.ndarray) -> None:
-        """Where the parts to be hashed lie: those that are whole with the first run, of all pages, then with the second."""
-        if self._hasher is not None:
-            firsts = pages[:, None] * self._page_bytes
-            parts = [np.array(run.parts, np.int64)[None, :] * self._route.span.part_bytes for run in self._route.runs]
-            with self._torch.cuda.stream(self._hash_stream):
-                self._hasher.put(np.concatenate([(firsts + columns).ravel() for columns in parts]))
-
-    def _start_hashes(self, first: int, stop: int) -> None:
-        if self._hasher is not None:
-            with self._torch.cuda.stream(self._hash_stream):
-                self._hasher.start(first, stop)
 
     def finish(self, copies: list[BlockCopy], mapping: ArenaMapping) -> list[bytes]:
-        self._stream.synchronize()
-        span = self._route.span
         if self._hasher is None:
-            return [_hash_slot(copy, mapping, span) for copy in copies]
+            self._stream.synchronize()
+            return [_hash_slot(copy, mapping, self._route.span) for copy in copies]
+        firsts = np.array([copy.page for copy in copies], np.int64)[:, None] * self._page_bytes
+        part_bytes, runs, bounds = self._route.span.part_bytes, self._route.runs, [0]
+        # of each run the parts that are whole with it, in bytes
+        lots = [(firsts + np.array(run.parts, np.int64)[None, :] * part_bytes).ravel() for run in runs]
+        with self._torch.cuda.stream(self._hash_stream):
+            self._hasher.put(np.concatenate(lots))
+            for lot, arrival in zip(lots, self.arrivals, strict=True):
+                bounds.append(bounds[-1] + len(lot))
+                if len(lot):
+                    if not self._route.is_save:
+                        arrival.synchronize()
+                    self._hasher.start(*bounds[-2:])
+        self._stream.synchronize()
         self._hash_stream.synchronize()
-        hashes = self._hasher.finish(len(copies) * span.num_parts).astype("<u8")
-        bounds = np.cumsum([len(copies) * len(run.parts) for run in self._route.runs])
-        runs = [part.reshape(len(copies), -1) for part in np.split(hashes, bounds[:-1])]
-        return [row.tobytes() for row in np.concatenate(runs, axis=1)]
+        columns = np.split(self._hasher.finish(bounds[-1]).astype("<u8"), bounds[1:-1])
+        return [row.tobytes() for row in np.concatenate([column.reshape(len(copies), -1) for column in columns], axis=1)]
 
 
 def _hash_slot(copy: BlockCopy, mapping: ArenaMapping, span: Span) -> bytes:

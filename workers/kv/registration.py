@@ -69,11 +69,13 @@ class Registration:
         """Registered, or refused."""
         return len(self._pieces)
 
-    def need(self, start: int, stop: int) -> None:
-        """Returns once all of [start, stop) is registered, or refused."""
-        for index in range(start // REGISTER_BYTES, -(-stop // REGISTER_BYTES)):
-            if index not in self._pieces:
-                self._register(index)
+    def need(self, starts: npt.NDArray[np.int64], num_bytes: int) -> None:
+        """Returns once `num_bytes` from each start on are registered, or refused."""
+        firsts, lasts = starts // REGISTER_BYTES, (starts + num_bytes - 1) // REGISTER_BYTES
+        for first, last in sorted(set(zip(firsts.tolist(), lasts.tolist(), strict=True))):
+            for index in range(first, last + 1):
+                if index not in self._pieces:
+                    self._register(index)
 
     def go_ahead(self, allocated_bytes: Callable[[], int], stopping: threading.Event) -> None:
         """Registers one piece after the other as far as they are allocated; returns after the last one, or soon after `stopping` is set."""
