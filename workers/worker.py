@@ -97,7 +97,7 @@ class RunnerLike(Protocol):
         ...
 
     def launch(self, plan: StepPlan, before_forward: Callable[[bool], None]) -> Any:
-        """Queues a step. Calls `before_forward` when all is ready for the forward pass, with whether that waits at `gates`, if any."""
+        """Queues a step. Calls `before_forward` once, when all is ready for the forward pass: whether that waits at `gates`, if any."""
         ...
 
     def collect(self, launched: Any) -> list[RowResult]:
