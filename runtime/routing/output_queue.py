@@ -15,39 +15,49 @@ _TOKENS_ONLY = (None,) * (len(RequestOutput._fields) - 2)
 
 
 class Turnstile:
-    """Lets at most `max_per_turn` readers through in one turn of the event loop, first come first served.
+    """Lets a few readers through in one turn of the event loop, first come first served, but those without a token before all others.
 
     Sending an event costs a loop many times more than receiving a token. Without this a loop that falls behind would send every token of a
     step before it looks for the next step, never have two tokens to send together, and hold the engine's stream up. Nothing is held while
     an event is being sent, so a reader that does not read is in nobody's way.
+
+    While somebody has no token yet the turns are short: what is done for a new request before its engine hears of it takes some ten turns.
     """
 
-    def __init__(self, max_per_turn: int = 4) -> None:
-        self._max_per_turn = max_per_turn
-        self._num_left = max_per_turn
+    def __init__(self, max_per_turn: int = 4, max_beside_new: int = 2) -> None:
+        self.num_new = 0  # readers that have no token yet, whether they wait here or not
+        self._max_per_turn, self._max_beside_new = max_per_turn, max_beside_new
+        self._num_through = 0  # in this turn
         self._is_turning = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._new: deque[asyncio.Future[None]] = deque()
+        self._others: deque[asyncio.Future[None]] = deque()
 
-    async def enter(self) -> None:
+    @property
+    def _is_open(self) -> bool:
+        return self._num_through < (self._max_beside_new if self.num_new else self._max_per_turn)
+
+    async def enter(self, *, is_new: bool = False) -> None:
+        """`is_new`: the reader is one of `num_new`."""
         loop = asyncio.get_running_loop()
         if not self._is_turning:
             self._is_turning = True
             loop.call_soon(self._turn)
-        if self._num_left and not self._waiting:
-            self._num_left -= 1
+        waiting = self._new if is_new else self._others
+        if self._is_open and not (self._new or waiting):
+            self._num_through += 1
             return
         place = loop.create_future()
-        self._waiting.append(place)
+        waiting.append(place)
         await place
 
     def _turn(self) -> None:
-        self._num_left = self._max_per_turn
-        while self._waiting and self._num_left:
-            place = self._waiting.popleft()
+        self._num_through = 0
+        while self._is_open and (waiting := self._new or self._others):
+            place = waiting.popleft()
             if not place.done():  # else its reader was cancelled
                 place.set_result(None)
-                self._num_left -= 1
-        self._is_turning = self._num_left < self._max_per_turn
+                self._num_through += 1
+        self._is_turning = self._num_through > 0
         if self._is_turning:
             asyncio.get_running_loop().call_soon(self._turn)
 
@@ -118,8 +128,9 @@ class OutputQueue:
             self._error = error
             self._wake()
 
-    async def take(self, turnstile: Turnstile) -> list[RequestOutput]:
-        """Everything that is there, at least one output. The engine channel fails the queue when the engine falls silent, so this ends."""
+    async def take(self, turnstile: Turnstile, *, is_new: bool = False) -> list[RequestOutput]:
+        """Everything that is there, at least one output. The engine channel fails the queue when the engine falls silent, so this ends.
+        `is_new`: see Turnstile.enter."""
         while not self._outputs:
             if self._error is not None:
                 raise self._error
@@ -128,9 +139,9 @@ class OutputQueue:
                 await self._waiter
             finally:
                 self._waiter = None
-        await turnstile.enter()
+        await turnstile.enter(is_new=is_new)
         if not self._outputs:
-            return await self.take(turnstile)  # it failed at the turnstile, which drops what was there
+            return await self.take(turnstile, is_new=is_new)  # it failed at the turnstile, which drops what was there
         outputs, self._outputs, self._num_unread = self._outputs, [], 0
         return outputs
 

@@ -278,7 +278,9 @@ class Dispatch:
         wire_id = self._router.new_wire_id(request.request_id)
         loop = asyncio.get_running_loop()
         queue = self._queue = channel.open(_submit(wire_id, request, loop.time()), _max_unread(request))
-        timer = None
+        timer, turnstile = None, self._router.turnstile
+        is_new = True  # until it has a token from here
+        turnstile.num_new += 1
         try:
             if self._aborted:
                 self.abort()
@@ -288,8 +290,10 @@ class Dispatch:
                 )
             finished = False
             while not finished:
-                batch = await queue.take(self._router.turnstile)
-                if reservation.uncached_tokens and any(output.token_ids for output in batch):
+                batch = await queue.take(turnstile, is_new=is_new)
+                if is_new and any(output.token_ids for output in batch):
+                    is_new = False
+                    turnstile.num_new -= 1
                     reservation.prompt_computed()
                 last = batch[-1]
                 if last.error is not None:
@@ -303,6 +307,8 @@ class Dispatch:
             self._num_deaths += 1
             raise
         finally:
+            if is_new:
+                turnstile.num_new -= 1
             if timer is not None:
                 timer.cancel()
             if request.deadline_s is not None and loop.time() >= request.deadline_s and self._ending[0] == "abort":

@@ -34,6 +34,7 @@ class Setup(NamedTuple):
     def check_idle(self) -> None:
         """Nothing is left of any request."""
         assert all(tuple(reserved) == (0, 0) for reserved in self.door.router.reserved().values())
+        assert self.door.router.turnstile.num_new == 0
         for engine in self.engines:
             channel = self.door.router.channel(engine.hello.replica_id)
             assert channel is None or channel.num_live == 0

@@ -119,3 +119,31 @@ async def test_a_turnstile_lets_a_few_through_per_turn_in_order() -> None:
     assert max(per_turn) <= 3
     async with asyncio.timeout(5):
         await turnstile.enter()  # and it is free again
+
+
+async def test_readers_without_a_token_go_first_and_make_turns_short() -> None:
+    turnstile = Turnstile(max_per_turn=3, max_beside_new=1)
+    passed: list[str] = []
+
+    async def enter(name: str, *, is_new: bool) -> None:
+        await turnstile.enter(is_new=is_new)
+        passed.append(name)
+
+    async def passed_in_a_turn() -> int:
+        before = len(passed)
+        await asyncio.sleep(0)
+        return len(passed) - before
+
+    others = [asyncio.create_task(enter(f"other {number}", is_new=False)) for number in range(12)]
+    await asyncio.sleep(0)
+    turnstile.num_new = 3  # one of which waits elsewhere
+    new = [asyncio.create_task(enter(f"new {number}", is_new=True)) for number in range(2)]
+    turns = [await passed_in_a_turn() for _ in range(8)]
+    assert [name for name in passed if name.startswith("new")] == ["new 0", "new 1"]
+    assert passed.index("new 1") < passed.index("other 5")
+    assert max(turns[3:]) == 1
+    turnstile.num_new = 0
+    turns = [await passed_in_a_turn() for _ in range(6)]
+    assert max(turns) == 3
+    await asyncio.gather(*others, *new)
+    assert [name for name in passed if name.startswith("other")] == [f"other {number}" for number in range(12)]
